@@ -1,0 +1,156 @@
+"""A preallocated key/value cache that takes trees: append in place, keep the accepted columns.
+
+Columns of one forward are written at a common column ``width`` for all rows. ``keep`` then gathers each row's
+accepted columns to that row's own length, so in the committed part a column number IS a position.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class TreeLayer(CacheLayerMixin):
+    """Keys and values of one layer, [B, H, capacity, D], of which ``width`` columns are valid."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity, self.width = capacity, 0
+        self._k: torch.Tensor
+        self._v: torch.Tensor
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self._k = key_states.new_empty(*key_states.shape[:2], self.capacity, key_states.shape[-1])
+        self._v = value_states.new_empty(*value_states.shape[:2], self.capacity, value_states.shape[-1])
+        self.resize(self.width)
+
+    def resize(self, width: int) -> None:
+        """Make the first ``width`` columns the valid ones. Models read ``keys``/``values``, so these are views."""
+        self.width = width
+        if self.is_initialized:
+            self.keys, self.values = self._k[:, :, :width], self._v[:, :, :width]
+
+    def _grow(self, needed: int) -> None:
+        while self.capacity < needed:
+            self.capacity *= 2
+        for name in ("_k", "_v"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], self.capacity, old.shape[-1])
+            new[:, :, : self.width] = old[:, :, : self.width]
+            setattr(self, name, new)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start, end = self.width, self.width + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if end > self.capacity:
+            self._grow(end)
+        self._k[:, :, start:end] = key_states
+        self._v[:, :, start:end] = value_states
+        self.resize(end)
+        return self.keys, self.values
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy columns ``source`` int64 [B, K] of every row to columns ``target`` [B, K]."""
+        if not self.is_initialized:  # a layer that shares another layer's keys
+            return
+        source, target = source.to(self.device), target.to(self.device)
+        for t in (self._k, self._v):
+            if t.shape[0] == 1:
+                t.index_copy_(2, target[0], t.index_select(2, source[0]))
+            else:
+                shape = (*t.shape[:2], source.shape[1], t.shape[-1])
+                moved = t.gather(2, source[:, None, :, None].expand(shape))  # [B, H, K, D]
+                t.scatter_(2, target[:, None, :, None].expand(shape), moved)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep only the batch rows ``rows`` int64, in that order."""
+        if self.is_initialized:
+            rows = rows.to(self.device)
+            self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
+            self.resize(self.width)
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.width
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # the older name
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        n = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.width + n, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.resize(self.width + tokens_to_remove)
+
+    def reset(self) -> None:
+        self.resize(0)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.select(beam_idx)
+
+
+class TreeCache(Cache):
+    """One ``TreeLayer`` per model layer, with a committed length per row.
+
+    Args:
+        num_layers: layers of the model.
+        rows: batch rows B.
+        capacity: columns allocated at first; doubled when they run out.
+
+    Attributes:
+        lengths: committed columns per row, B ints. Columns between a row's length and ``width`` are garbage that
+            masks must hide.
+    """
+
+    def __init__(self, num_layers: int, rows: int, capacity: int):
+        super().__init__(layers=[TreeLayer(capacity) for _ in range(num_layers)])
+        self.lengths = [0] * rows
+        self.width = 0
+
+    def advance(self, columns: int) -> None:
+        """Note that a forward has written ``columns`` more columns."""
+        self.width += columns
+
+    def crop_to(self, width: int) -> None:
+        """Forget the columns from ``width`` on."""
+        self.width = width
+        for layer in self.layers:
+            layer.resize(width)
+
+    def keep(self, base: int, kept: list[list[int]]) -> None:
+        """Commit, for each row, the step columns ``kept[b]`` (relative to ``base``, ascending); drop the others.
+
+        They move to the row's own length, in order, so that column = position holds again.
+        """
+        moves = [
+            [(base + c, length + i) for i, c in enumerate(columns) if base + c != length + i]
+            for length, columns in zip(self.lengths, kept, strict=True)
+        ]
+        longest = max(map(len, moves))
+        if longest:
+            # rows with fewer moves repeat one of theirs: one gather and one scatter serve all rows
+            padded = [m + (m[-1:] or [(0, 0)]) * (longest - len(m)) for m in moves]
+            pairs = torch.tensor(padded)  # [B, K, 2]
+            for layer in self.layers:
+                layer.move(pairs[..., 0], pairs[..., 1])
+        self.lengths = [length + len(columns) for length, columns in zip(self.lengths, kept, strict=True)]
+        self.crop_to(max(self.lengths))
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only the batch rows ``rows``."""
+        index = torch.tensor(rows)
+        for layer in self.layers:
+            layer.select(index)
+        self.lengths = [self.lengths[r] for r in rows]

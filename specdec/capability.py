@@ -1,0 +1,106 @@
+"""Which drafts a model can verify: trees, chains, or none. Rules first, then a numeric self-test.
+
+Rules alone are wrong in both directions (a model's class may take a 4-D mask and ignore it), so a small tree is
+forwarded over a cached prefix and compared with plain forwards of each path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from specdec.tree import DraftTree, Proposal, Topology
+
+if TYPE_CHECKING:
+    from specdec.target import Target
+
+# windows or distances counted in cache slots, which no short self-test can see
+_BY_SLOT = {"gpt_neo": "its local attention window counts cache slots, which tree nodes shift"}
+_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+
+
+@dataclass(frozen=True)
+class Capability:
+    """The tier of a model and why.
+
+    Attributes:
+        tier: "tree" (any draft), "chain" (one candidate per depth), "none" (cannot be decoded here).
+        reason: one sentence.
+    """
+
+    tier: Literal["tree", "chain", "none"]
+    reason: str
+
+
+def detect(target: Target) -> Capability:
+    """Decide the tier of ``target``'s model with about eight forwards of a few tokens."""
+    model, config = target.model, target.config
+    if model.config.is_encoder_decoder:
+        return Capability("none", "encoder-decoder models are not supported; use a decoder-only model")
+    recurrent = sorted(set(getattr(config, "layer_types", None) or []) - _KINDS)
+    if getattr(model, "_is_stateful", False) or recurrent:
+        what = f"layers of kind {', '.join(recurrent)}" if recurrent else "a recurrent state"
+        return Capability("none", f"it has {what}, which cannot be rolled back when a draft is rejected")
+    if "past_key_values" not in target.inputs:
+        return Capability("none", "its forward takes no past_key_values, so nothing can be cached")
+    try:
+        want, effect = _references(target)
+    except Exception as error:  # any failure of foreign modelling code means: not decodable
+        return Capability("none", f"a plain forward fails: {type(error).__name__}: {error}")
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    # a wrong context changes the logits by `effect`; rounding in half precision is far below a fifth of it
+    tolerance = (0.2 if half else 0.05) * effect
+
+    slots = _BY_SLOT.get(model.config.model_type)
+    if slots is None and "position_ids" in target.inputs:
+        problem = _try(target, Topology([-1, 0, 0]), [11, 12, 13], want[[0, 1, 3]], tolerance)
+        if problem is None:
+            return Capability("tree", "a tree over a cached prefix gives the logits of each path")
+    else:
+        problem = slots or "its forward takes no position_ids, so siblings cannot share a position"
+    target.capability = Capability("chain", "being tested")
+    failure = _try(target, Topology.chain(2), [11, 12, 13], want[:3], tolerance)
+    if failure is None:
+        return Capability("chain", f"chains only: {problem}")
+    return Capability("none", f"not even a chain over a cached prefix is exact: {failure}")
+
+
+def _ids(target: Target, tokens: list[int]) -> list[int]:
+    return [t % target.vocab_size for t in tokens]
+
+
+_PREFIX = list(range(3, 11))
+
+
+def _references(target: Target) -> tuple[torch.Tensor, float]:
+    """Logits [4, V] after the paths 11; 11 12; 11 12 13; 11 13, and how much one wrong token changes them."""
+    paths = ([11], [11, 12], [11, 12, 13], [11, 13])
+    rows = []
+    with torch.inference_mode():
+        for path in paths:
+            ids = torch.tensor([_ids(target, _PREFIX + path)], device=target.device)
+            rows.append(target.model(input_ids=ids).logits[0, -1].float())
+    want = torch.stack(rows)
+    return want, float((want[2] - want[3]).abs().max())
+
+
+def _try(target: Target, topology: Topology, tokens: list[int], want: torch.Tensor, tolerance: float) -> str | None:
+    """Forward a draft over a cached prefix; None when its logits are right, else what is wrong."""
+    prefix = np.array(_ids(target, _PREFIX))
+    committed = np.array(_ids(target, _PREFIX + tokens[:1]))
+    tree = DraftTree(topology, np.array(_ids(target, tokens)))
+    try:
+        with target.session():
+            target.open([0], 32)
+            first = target.step([prefix], [Proposal(DraftTree.root(int(prefix[-1])))])
+            target.commit(first, [[]])
+            got = target.step([committed], [Proposal(tree)]).logits[0].float()
+            error = float((got - want).abs().max())
+    except Exception as error:  # foreign modelling code: whatever it raises is the answer
+        return f"the draft's forward fails ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+    if not error < tolerance:
+        return f"its logits are off by {error:.2g}"
+    return None

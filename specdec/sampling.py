@@ -1,0 +1,90 @@
+"""Randomness and the target's processed law."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+
+import torch
+from transformers import LogitsProcessorList
+
+
+class Randomness:
+    """Every random decision of one row: drafting, acceptance and drawing.
+
+    One object per row, so rows never influence each other and tests can enumerate a whole decoding loop by
+    replacing it. ``accept`` uses the host's generator, so that no test waits for the device.
+    """
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu"):
+        self._host = random.Random(seed)
+        self._device = torch.Generator(device=device)
+        self._device.manual_seed(seed)
+
+    def accept(self, ratio: float) -> bool:
+        """True with probability min(1, ratio). Strict, so that ratio 0 never accepts."""
+        return self._host.random() < ratio
+
+    def draw(self, probs: torch.Tensor) -> int:
+        """One token from ``probs`` [V]."""
+        return int(torch.multinomial(probs, 1, generator=self._device))
+
+    def draws(self, probs: torch.Tensor, k: int, replace: bool) -> torch.Tensor:
+        """k tokens for each row of ``probs`` [P, V] -> int64 [P, k], in draw order.
+
+        Without replacement every row needs at least k non-zero entries.
+        """
+        # multinomial(replacement=False) documents that columns come in draw order: a valid WOR sampler
+        return torch.multinomial(probs, k, replacement=replace, generator=self._device)
+
+
+class NonFiniteLogits(ValueError):
+    """The target produced NaN or infinite logits; no token can be chosen from them."""
+
+
+def check_finite(best: float) -> None:
+    """Raise unless the largest logit of a row is finite (NaN wins every max, so the maximum tells)."""
+    if not math.isfinite(best):
+        raise NonFiniteLogits(
+            f"the target's largest logit is {best}, so no token can be chosen; load the model in float32 or "
+            "bfloat16, and check its weights and any custom logits processor"
+        )
+
+
+class Sampler:
+    """Turns a row of logits and its true prefix into the law plain decoding would use there.
+
+    Args:
+        processors: transformers' processors and warpers in ``generate()``'s order.
+        do_sample: False means argmax; softmax is then never called.
+    """
+
+    def __init__(self, processors: Iterable | None = None, do_sample: bool = False):
+        self.processors = LogitsProcessorList(processors or [])
+        self.do_sample = do_sample
+
+    @property
+    def is_argmax(self) -> bool:
+        """Greedy without processors: the choice depends on the raw logits alone."""
+        return not self.do_sample and not self.processors
+
+    def scores(self, prefix: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Processed scores float32 [V] from raw ``logits`` [V] after ``prefix`` int64 [n] (left padding included)."""
+        scores = logits.to(dtype=torch.float32, copy=True)[None]  # [1, V]
+        if self.processors:
+            scores = self.processors(prefix[None].to(logits.device), scores)
+        return scores[0]
+
+    @staticmethod
+    def probabilities(scores: torch.Tensor) -> torch.Tensor:
+        """The law of processed ``scores`` [V]: float32 [V]."""
+        check_finite(float(scores.max()))
+        return torch.softmax(scores, dim=-1)
+
+    @staticmethod
+    def argmax(scores: torch.Tensor) -> int:
+        """The greedy token of processed ``scores`` [V]."""
+        best, token = scores.max(dim=-1)
+        check_finite(float(best))
+        return int(token)

@@ -1,0 +1,446 @@
+"""The model being accelerated: one forward over prefix, pending tokens, draft trees and probes of a ragged batch.
+
+Columns of a step, for every row alike: ``[left pad | pending without root | nodes, pad | probes, pad]``. Padding sees
+itself only. In the cache, rows have their own lengths (see ``cache``).
+
+Shapes: B rows, C step columns, N nodes, Q probes, V vocabulary, d hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from specdec.cache import TreeCache
+from specdec.capability import Capability, detect
+from specdec.errors import CompatibilityError, UsageError
+from specdec.structure import Head, Needs, ProbeColumns, Tap, Taps, text_config
+from specdec.tree import Proposal
+from specdec.tree_attention.masks import additive, step_mask
+
+
+@dataclass
+class StepOutput:
+    """What one target forward produced.
+
+    Attributes:
+        logits: [B, N, V] raw logits of the nodes; rows with fewer nodes are padded.
+        taps: tap -> hidden states [B, C, d] of all columns.
+        root: column of each row's root in ``taps``.
+        pending: pending columns before the root, per row.
+        nodes: nodes per row; 0 for a row that skipped the forward.
+        probes: column of each row's first probe.
+        kept: columns that entered the cache, per row, in order; set by ``Target.commit``.
+    """
+
+    logits: torch.Tensor
+    taps: dict[Tap, torch.Tensor]
+    root: list[int]
+    pending: list[int]
+    nodes: list[int]
+    probes: list[int]
+    bases: list[int]
+    kept: list[list[int]] | None = None
+
+    def node_hidden(self, tap: Tap, row: int, node: int) -> torch.Tensor:
+        """Hidden state [d] of one node."""
+        return self.taps[tap][row, self.root[row] + node]
+
+    def probe_hidden(self, tap: Tap, row: int) -> torch.Tensor:
+        """Hidden states [Q, d] of a row's probes, trailing padding included."""
+        return self.taps[tap][row, self.probes[row] :]
+
+    def kept_hidden(self, tap: Tap, row: int) -> torch.Tensor:
+        """Hidden states [K, d] of the columns that entered the cache, in order."""
+        assert self.kept is not None, "kept is known after commit"
+        return self.taps[tap][row, self.kept[row]]
+
+
+@dataclass
+class _Columns:
+    """One forward's inputs on the host."""
+
+    ids: np.ndarray  # int64 [B, C]
+    positions: np.ndarray  # int64 [B, C]
+    block: np.ndarray  # bool [B, C, C]
+    pending: int  # width P of the pending part
+    nodes: int  # width N of the node part
+
+
+class Target:
+    """Wraps any Hugging Face causal LM without changing it.
+
+    Args:
+        model: in eval mode.
+        needs: hidden states to tap and layers to hook.
+
+    Attributes:
+        capability: tier ("tree", "chain", "none") and the reason.
+        lengths: committed columns per row.
+        row_ids: the caller's names of the rows in the cache, in order.
+        forwards: target forwards run by ``step``, and ``scratch_forwards`` by ``forward``.
+
+    Raises:
+        CompatibilityError: tier "none", or needs that the model cannot meet.
+        UsageError: the model is in training mode.
+    """
+
+    def __init__(self, model: PreTrainedModel, needs: Needs = Needs()):
+        if model.training:
+            raise UsageError("model is in training mode, dropout would change its text; call model.eval() first")
+        self.model = model
+        self.config = text_config(model)
+        self.vocab_size: int = self.config.vocab_size
+        # the caller's tokens go to the embedding; with a device map it may be elsewhere than model.device
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.context: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.inputs = inspect.signature(model.forward).parameters  # names the model's forward takes
+        self._heads: Head | None = None
+        self._taps: Taps | None = None
+        self.forwards = self.scratch_forwards = 0
+        self.caches: list[TreeCache] = []
+        self.row_ids: list[int] = []
+        self._set_masks()
+        self.capability = Capability("tree", "not yet tested")
+        self.capability = detect(self)
+        if self.capability.tier == "none":
+            raise CompatibilityError(f"{type(model).__name__} cannot be decoded by specdec: {self.capability.reason}")
+        self.forwards = self.scratch_forwards = 0
+        self.bind(needs)
+
+    # ---- what the model wants -------------------------------------------------------------------------------
+
+    def _set_masks(self) -> None:
+        """How this model reads masks: kinds of layers, boolean or additive."""
+        config = self.config
+        kinds = set(getattr(config, "layer_types", None) or [])
+        if not kinds:
+            windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+            kinds = {"sliding_attention" if windowed else "full_attention"}
+        self.layer_kinds = sorted(kinds)
+        implementation = self.model.config._attn_implementation
+        # flash takes no tree mask and flex aborts on one: those steps run on sdpa, or eager where sdpa is missing
+        fallback = "sdpa" if getattr(self.model, "_supports_sdpa", False) else "eager"
+        self.attention = implementation if implementation in ("sdpa", "eager") else fallback
+        self._own_attention = implementation
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Decode inside this: attention that takes tree masks, restored afterwards."""
+        if self.attention != self._own_attention:
+            self.model.set_attn_implementation(self.attention)
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            if self.attention != self._own_attention:
+                self.model.set_attn_implementation(self._own_attention)
+            self.caches = []
+
+    def bind(self, needs: Needs) -> None:
+        """Install the hooks for ``needs``, replacing earlier ones."""
+        if self._taps is not None:
+            self._taps.remove()
+        self._taps = None
+        if needs:
+            if needs.hooks and self.capability.tier != "tree":
+                raise CompatibilityError(f"layer hooks need a tree-capable model: {self.capability.reason}")
+            final = self.head.final if needs.final_hidden or self.config.num_hidden_layers in needs.layers else None
+            self._taps = Taps(self.model, needs, final)
+
+    @property
+    def head(self) -> Head:
+        """The output head, checked against the model at first use."""
+        if self._heads is None:
+            with torch.inference_mode():
+                self._heads = Head(self.model, torch.arange(3, 11, device=self.device)[None] % self.vocab_size)
+        return self._heads
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [..., V] of final hidden states [..., d], softcap and scale included."""
+        return self.head(hidden)
+
+    # ---- cache ----------------------------------------------------------------------------------------------
+
+    def open(self, row_ids: Sequence[int], capacity: int) -> None:
+        """Empty caches for these rows, ``capacity`` columns each at first.
+
+        A chain-tier model takes no mask for ragged rows, so each of its rows has a cache of its own.
+        """
+        layers = self.config.num_hidden_layers
+        sizes = [len(row_ids)] if self.capability.tier == "tree" else [1] * len(row_ids)
+        self.caches = [TreeCache(layers, size, capacity) for size in sizes]
+        self.row_ids = list(row_ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [length for cache in self.caches for length in cache.lengths]
+
+    def align(self, row_ids: Sequence[int]) -> None:
+        """Drop the rows not in ``row_ids`` (which are in cache order)."""
+        if list(row_ids) == self.row_ids:
+            return
+        keep = [self.row_ids.index(r) for r in row_ids]
+        if len(self.caches) == 1:
+            self.caches[0].select(keep)
+        else:
+            self.caches = [self.caches[i] for i in keep]
+        self.row_ids = list(row_ids)
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget committed columns beyond ``lengths`` per row."""
+        for cache, rows in self._groups():
+            cache.lengths = [min(cache.lengths[i], lengths[b]) for i, b in enumerate(rows)]
+            cache.crop_to(max(cache.lengths))
+
+    def adopt(self, layers: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], length: int, pads: Sequence[int]) -> None:
+        """Fill the empty caches from another cache of the same model.
+
+        Args:
+            layers: keys and values [B, H, T, D] per layer; sliding layers may hold only their last T tokens.
+            length: tokens cached per row, padding included.
+            pads: leading padding per row, which is left behind.
+        """
+        for cache, rows in self._groups():
+            for layer, (keys, values) in zip(cache.layers, layers, strict=False):
+                if keys is None or values is None or keys.shape[2] == 0:
+                    continue
+                missing = length - keys.shape[2]
+                layer.resize(0)
+                filled = [torch.nn.functional.pad(t[rows], (0, 0, missing, 0)) for t in (keys, values)]
+                shifted = [torch.stack([t[i].roll(-pads[b], dims=1) for i, b in enumerate(rows)]) for t in filled]
+                layer.update(*shifted)
+            cache.lengths = [length - pads[b] for b in rows]
+            cache.crop_to(max(cache.lengths))
+
+    def export(self, pads: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values per layer as transformers keeps them: [B, H, pad + length, D], padding zero.
+
+        All rows must have the same padded length.
+        """
+        layers = []
+        for parts in zip(*(cache.layers for cache in self.caches), strict=True):
+            if not parts[0].is_initialized:
+                continue
+            rows: list[list[torch.Tensor]] = [[], []]
+            for (_, members), part, cache in zip(self._groups(), parts, self.caches, strict=True):
+                for i, b in enumerate(members):
+                    for out, t in zip(rows, (part.keys, part.values), strict=True):
+                        out.append(torch.nn.functional.pad(t[i, :, : cache.lengths[i]], (0, 0, pads[b], 0)))
+            layers.append((torch.stack(rows[0]), torch.stack(rows[1])))
+        return layers
+
+    def _groups(self) -> Iterator[tuple[TreeCache, list[int]]]:
+        """Caches with the rows they hold."""
+        start = 0
+        for cache in self.caches:
+            yield cache, list(range(start, start + len(cache.lengths)))
+            start += len(cache.lengths)
+
+    # ---- one step -------------------------------------------------------------------------------------------
+
+    def step(self, tokens: Sequence[np.ndarray], proposals: Sequence[Proposal | None]) -> StepOutput:
+        """One forward over every row's pending tokens, tree and probes.
+
+        Args:
+            tokens: per row the committed tokens, int64 [n]; those beyond the cache are pending, root last.
+            proposals: per row; None or a tree of None skips the row.
+        """
+        parts = [self._step_group(cache, rows, tokens, proposals) for cache, rows in self._groups()]
+        self.forwards += 1
+        return parts[0] if len(parts) == 1 else _merge(parts)
+
+    def _step_group(
+        self, cache: TreeCache, rows: list[int], tokens: Sequence[np.ndarray], proposals: Sequence[Proposal | None]
+    ) -> StepOutput:
+        asked = [p if p is not None and p.tree is not None else None for p in (proposals[b] for b in rows)]
+        mine = [tokens[b] for b in rows]
+        pending = [len(t) - n - 1 if p else 0 for t, n, p in zip(mine, cache.lengths, asked, strict=True)]
+        nodes = [len(p.tree) if p and p.tree else 0 for p in asked]
+        if not any(nodes):  # a chain-tier row that skips
+            return StepOutput(torch.empty(len(rows), 0, self.vocab_size), {}, [0], pending, nodes, [0], [cache.width])
+        columns = self._columns(cache, mine, asked, pending)
+        first = columns.pending
+        keep = slice(first, first + columns.nodes)
+        probe_start = keep.stop
+        place = [
+            ProbeColumns(
+                i,
+                torch.from_numpy(p.probes.layout.anchor + first).to(self.device),
+                torch.arange(probe_start, probe_start + len(p.probes), device=self.device),
+                p.probes,
+            )
+            for i, p in enumerate(asked)
+            if p is not None and p.probes is not None
+        ]
+        if self._taps is not None:
+            self._taps.start(place)
+        base = cache.width
+        block = self._shared_block(asked, columns)
+        logits = self._run(cache, torch.from_numpy(columns.ids), torch.from_numpy(columns.positions), block, keep)
+        taps = self._taps.stop() if self._taps is not None else {}
+        count = len(rows)
+        return StepOutput(logits, taps, [first] * count, pending, nodes, [probe_start] * count, [base])
+
+    def _shared_block(self, asked: list[Proposal | None], columns: _Columns) -> torch.Tensor:
+        """Visibility among the step's columns on the device; a lone tree's mask is already there."""
+        lone = asked[0]
+        if len(asked) == 1 and lone and lone.tree and columns.ids.shape[1] == len(lone.tree):
+            return lone.tree.topology.mask(self.device)[None]
+        return torch.from_numpy(columns.block).to(self.device)
+
+    def _columns(
+        self, cache: TreeCache, tokens: list[np.ndarray], asked: list[Proposal | None], pending: list[int]
+    ) -> _Columns:
+        rows = len(tokens)
+        width_p = max(pending)
+        width_n = max(len(p.tree) if p and p.tree else 0 for p in asked)
+        width_q = max(len(p.probes) if p and p.probes else 0 for p in asked)
+        c = width_p + width_n + width_q
+        ids = np.zeros((rows, c), dtype=np.int64)
+        positions = np.zeros((rows, c), dtype=np.int64)
+        block = np.zeros((rows, c, c), dtype=bool)
+        block[:, range(c), range(c)] = True
+        for b, (proposal, p) in enumerate(zip(asked, pending, strict=True)):
+            if proposal is None or proposal.tree is None:
+                continue
+            tree, length = proposal.tree, cache.lengths[b]
+            before, first = width_p - p, width_p
+            end = first + len(tree)
+            ids[b, before:first] = tokens[b][length : length + p]
+            positions[b, before:first] = np.arange(length, length + p)
+            if p:
+                block[b, before:first, before:first] = np.tri(p, dtype=bool)
+                block[b, first:end, before:first] = True
+            ids[b, first:end] = tree.tokens
+            positions[b, first:end] = length + p + tree.topology.depth
+            block[b, first:end, first:end] = tree.topology.ancestors
+            if proposal.probes:
+                layout = proposal.probes.layout
+                start = first + width_n
+                stop = start + len(layout)
+                ids[b, start:stop] = proposal.probes.tokens
+                at = positions[b, first + layout.anchor] + layout.offset
+                # a learned position table ends; a probe beyond it is only a worse guess
+                positions[b, start:stop] = at if self.context is None else np.minimum(at, self.context - 1)
+                block[b, start:stop, before:first] = True
+                block[b, start:stop, first:end] = tree.topology.ancestors[layout.anchor]
+                block[b, start:stop, start:stop] = layout.see
+        return _Columns(ids, positions, block, width_p, width_n)
+
+    def _run(
+        self,
+        cache: TreeCache,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        block: torch.Tensor,
+        keep: slice,
+        earlier: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Append columns to the cache and return logits [B, keep, V] of columns ``keep``."""
+        ids, positions = ids.to(self.device), positions.to(self.device)
+        columns = ids.shape[1]
+        inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+        if "position_ids" in self.inputs:
+            inputs["position_ids"] = positions
+        if self.capability.tier == "tree":
+            inputs["attention_mask"] = self._mask(cache, block, positions, earlier)
+        else:
+            inputs["attention_mask"] = torch.ones(1, cache.width + columns, dtype=torch.long, device=self.device)
+        if "logits_to_keep" in self.inputs:
+            last = columns - keep.start if keep.stop == columns else None
+            inputs["logits_to_keep"] = last or torch.arange(keep.start, keep.stop, device=self.device)
+            logits = self.model(**inputs).logits
+        else:
+            logits = self.model(**inputs).logits[:, keep]
+        cache.advance(columns)
+        return logits
+
+    def _mask(
+        self, cache: TreeCache, block: torch.Tensor, positions: torch.Tensor, earlier: torch.Tensor | None
+    ) -> Any:
+        base = cache.width - (block.shape[2] - block.shape[1])
+
+        def of_kind(kind: str) -> torch.Tensor:
+            window = self.config.sliding_window if kind == "sliding_attention" else None
+            chunk = self.config.attention_chunk_size if kind == "chunked_attention" else None
+            mask = step_mask(cache.lengths, base, block, positions, window, chunk, earlier)
+            return mask if self.attention == "sdpa" else additive(mask, self.model.dtype)
+
+        if len(self.layer_kinds) > 1:
+            return {kind: of_kind(kind) for kind in self.layer_kinds}
+        return of_kind(self.layer_kinds[0])
+
+    def commit(self, output: StepOutput, paths: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Keep pending, root and the nodes of ``paths`` (root left out) of every row that took part.
+
+        Returns:
+            ``output.kept``: the columns kept, per row.
+        """
+        kept = [
+            [*range(root - pending, root + 1), *(root + v for v in path)] if nodes else []
+            for root, pending, nodes, path in zip(output.root, output.pending, output.nodes, paths, strict=True)
+        ]
+        for (cache, rows), base in zip(self._groups(), output.bases, strict=True):
+            cache.keep(base, [kept[b] for b in rows])
+        output.kept = kept
+        return kept
+
+    # ---- scratch forwards, for drafters that are models themselves --------------------------------------------
+
+    @contextmanager
+    def scratch(self) -> Iterator[None]:
+        """Columns that ``forward`` writes inside are forgotten at the end."""
+        widths = [cache.width for cache in self.caches]
+        self._scratch: list[torch.Tensor | None] = [None] * len(self.caches)  # positions [B, E] of what was written
+        try:
+            yield
+        finally:
+            for cache, width in zip(self.caches, widths, strict=True):
+                cache.crop_to(width)
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """A low-level forward in scratch columns, counted apart from target forwards.
+
+        Args:
+            tokens: int64 [B, W].
+            positions: int64 [B, W].
+            visible: bool [B, W, S], S = scratch columns so far, these W included. The prefix is always visible.
+
+        Returns:
+            logits [B, W, V].
+        """
+        self.scratch_forwards += 1
+        parts = []
+        everything = slice(0, tokens.shape[1])
+        for g, (cache, rows) in enumerate(self._groups()):
+            earlier = self._scratch[g]
+            at = positions[rows].to(self.device)
+            parts.append(self._run(cache, tokens[rows], at, visible[rows].to(self.device), everything, earlier))
+            self._scratch[g] = at if earlier is None else torch.cat([earlier, at], dim=1)
+        return torch.cat(parts)
+
+
+def _merge(parts: list[StepOutput]) -> StepOutput:
+    """One output for rows that were forwarded one by one (chain tier)."""
+
+    def stack(tensors: list[torch.Tensor]) -> torch.Tensor:  # [1, n, x] each -> [B, max n, x]
+        widest = max(t.shape[1] for t in tensors)
+        return torch.cat([torch.nn.functional.pad(t, (0, 0, 0, widest - t.shape[1])) for t in tensors])
+
+    ran = [p for p in parts if any(p.nodes)]
+    taps = {}
+    for tap, like in ran[0].taps.items() if ran else ():
+        taps[tap] = stack([p.taps.get(tap, like[:, :0]) for p in parts])
+    return StepOutput(
+        stack([p.logits.to(ran[0].logits) if ran else p.logits for p in parts]),
+        taps,
+        *([x for p in parts for x in getattr(p, name)] for name in ("root", "pending", "nodes", "probes", "bases")),
+    )

@@ -1,0 +1,243 @@
+"""Draft trees, probes and proposals: what a drafter hands to one step.
+
+Shapes: N nodes, Q probes, V vocabulary, R rows of draft probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+
+from specdec.errors import UsageError
+
+
+class Law(IntEnum):
+    """The distribution a drafted token was really drawn from, given everything decided before it.
+
+    POINT: chosen by a rule without randomness (argmax, top-k, look-up).
+    IID: drawn from the parent's row of q, independently of its siblings (SpecInfer, arXiv 2305.09781).
+    WOR: drawn from the parent's row of q without replacement: every earlier sibling's token, whatever
+    its own law, is zeroed and the row renormalised (RSD, arXiv 2402.14160).
+    """
+
+    POINT = 0
+    IID = 1
+    WOR = 2
+
+
+class Topology:
+    """The immutable shape of a draft tree.
+
+    Node 0 is the root; every parent precedes its children; children are tried in index order.
+
+    Attributes:
+        parents: N ints, ``parents[0] == -1``.
+        depth: int64 [N], ``depth[0] == 0``.
+        children: N tuples of node numbers in trial order.
+        ancestors: bool [N, N], ``ancestors[i, j]`` when j is i or an ancestor of i.
+    """
+
+    def __init__(self, parents: Sequence[int]):
+        self.parents = tuple(int(p) for p in parents)
+        if not self.parents or self.parents[0] != -1:
+            raise UsageError(f"parents must start with -1 (the root), got {self.parents[:3]}")
+        n = len(self.parents)
+        depth = np.zeros(n, dtype=np.int64)
+        ancestors = np.eye(n, dtype=bool)
+        children: list[list[int]] = [[] for _ in range(n)]
+        for i, parent in enumerate(self.parents[1:], start=1):
+            if not 0 <= parent < i:
+                raise UsageError(f"parents[{i}] = {parent} must name an earlier node (0..{i - 1})")
+            depth[i] = depth[parent] + 1
+            ancestors[i] |= ancestors[parent]
+            children[parent].append(i)
+        self.depth = depth
+        self.ancestors = ancestors
+        self.children = tuple(tuple(c) for c in children)
+        self.max_depth = int(depth.max())
+        self._on_device: dict[torch.device, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Topology) and self.parents == other.parents
+
+    def __hash__(self) -> int:
+        return hash(self.parents)
+
+    def __repr__(self) -> str:
+        return f"Topology({len(self)} nodes, depth {self.max_depth})"
+
+    def mask(self, device: torch.device) -> torch.Tensor:
+        """``ancestors`` as a bool tensor [N, N], moved to the device once."""
+        if device not in self._on_device:
+            self._on_device[device] = torch.from_numpy(self.ancestors).to(device)
+        return self._on_device[device]
+
+    @cached_property
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """Nodes by depth; ``levels[0] == (0,)``."""
+        return tuple(tuple(np.flatnonzero(self.depth == d).tolist()) for d in range(self.max_depth + 1))
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from the root's child down to ``node``, the root left out."""
+        nodes: list[int] = []
+        while node > 0:
+            nodes.append(node)
+            node = self.parents[node]
+        return nodes[::-1]
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def chain(length: int) -> Topology:
+        """The root followed by ``length`` nodes, one child each."""
+        return Topology(range(-1, length))
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def branching(factors: tuple[int, ...]) -> Topology:
+        """Every node of depth d has ``factors[d]`` children (RSD-C's b; MCSD's ``k_config``)."""
+        parents, level = [-1], [0]
+        for factor in factors:
+            if factor < 1:
+                raise UsageError(f"branching factors must be at least 1, got {factors}")
+            start = len(parents)
+            parents += [node for node in level for _ in range(factor)]
+            level = list(range(start, len(parents)))
+        return Topology(parents)
+
+
+_ROOT = Topology.chain(0)
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Candidate tokens on a topology, and the law each was drawn from.
+
+    A sampled tree must never be pruned by token or score after drawing: that changes the law
+    (standard_verification, PO3). Cutting by depth or keeping only first children is safe.
+
+    Attributes:
+        topology: shape.
+        tokens: int64 [N]; ``tokens[0]`` is the root, the last committed token.
+        law: ``Law`` per node, int8 [N]; None when every node is POINT.
+        q_row: int64 [N], the row of ``q`` a sampled node was drawn from (ignored for POINT).
+        q: float32 [R, V], probabilities ACTUALLY sampled from, after the drafter's own processing.
+
+    Raises:
+        UsageError: sampled nodes without q, or arrays that do not fit the topology.
+    """
+
+    topology: Topology
+    tokens: np.ndarray
+    law: np.ndarray | None = None
+    q_row: np.ndarray | None = None
+    q: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.topology)
+        if len(self.tokens) != n:
+            raise UsageError(f"tokens has {len(self.tokens)} entries for a tree of {n} nodes")
+        if self.law is not None and self.law[1:].any():
+            if self.q is None or self.q_row is None:
+                raise UsageError("law: IID and WOR nodes need q and q_row, the probabilities they were drawn from")
+            if len(self.law) != n or len(self.q_row) != n:
+                raise UsageError(f"law and q_row need {n} entries, got {len(self.law)} and {len(self.q_row)}")
+
+    def __len__(self) -> int:
+        return len(self.topology)
+
+    @staticmethod
+    def root(token: int) -> DraftTree:
+        """A tree that drafts nothing: plain decoding."""
+        return DraftTree(_ROOT, np.array([token], dtype=np.int64))
+
+    @staticmethod
+    def chain(root: int, drafted: Sequence[int]) -> DraftTree:
+        """A POINT chain below the root."""
+        return DraftTree(Topology.chain(len(drafted)), np.array([root, *drafted], dtype=np.int64))
+
+    def _take(self, nodes: list[int]) -> DraftTree:
+        """The sub-tree of ``nodes`` (ascending, closed under parents); laws and q rows go with them."""
+        new = {old: i for i, old in enumerate(nodes)}
+        parents = [-1] + [new[self.topology.parents[v]] for v in nodes[1:]]
+        pick = np.array(nodes)
+        law = None if self.law is None else self.law[pick]
+        q_row = None if self.q_row is None else self.q_row[pick]
+        return DraftTree(Topology(parents), self.tokens[pick], law, q_row, self.q)
+
+    def cut(self, depth: int) -> DraftTree:
+        """Without the nodes deeper than ``depth``: safe for every law."""
+        if self.topology.max_depth <= depth:
+            return self
+        return self._take(np.flatnonzero(self.topology.depth <= depth).tolist())
+
+    def principal_chain(self) -> DraftTree:
+        """The chain of first children. Safe for every law, since it looks at order and not at tokens."""
+        nodes, topology = [0], self.topology
+        while topology.children[nodes[-1]]:
+            nodes.append(topology.children[nodes[-1]][0])
+        return self if len(nodes) == len(self) else self._take(nodes)
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeLayout:
+    """Where probes stand and what they see besides prefix, pending, anchor and the anchor's ancestors.
+
+    Attributes:
+        anchor: int64 [Q], the node a probe hangs under.
+        offset: int64 [Q], position = the anchor's position + offset.
+        see: bool [Q, Q], ``see[i, j]`` when probe i may attend to probe j (itself included).
+        kind: int64 [Q], free for the drafter (mask number, window row ...).
+    """
+
+    anchor: np.ndarray
+    offset: np.ndarray
+    see: np.ndarray
+    kind: np.ndarray
+
+    def __post_init__(self) -> None:
+        q = len(self.anchor)
+        if len(self.offset) != q or len(self.kind) != q or self.see.shape != (q, q):
+            raise UsageError(f"probe layout: anchor has {q} probes, see is {self.see.shape}, they must agree")
+        if not self.see.diagonal().all():
+            raise UsageError("see: every probe must see itself")
+
+    def __len__(self) -> int:
+        return len(self.anchor)
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Extra columns of the forward that are read and never emitted; ``tokens`` int64 [Q]."""
+
+    layout: ProbeLayout
+    tokens: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+
+@dataclass
+class Proposal:
+    """What one row wants from this step.
+
+    Attributes:
+        tree: None lets the row skip this forward.
+        probes: extra columns hung under the tree's nodes.
+        trusted: tokens committed unverified before the forward; the tree's root is then the last of them.
+    """
+
+    tree: DraftTree | None = None
+    probes: Probes | None = None
+    trusted: Sequence[int] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        if self.probes is not None and (self.tree is None or self.probes.layout.anchor.max(initial=0) >= len(self.tree)):
+            raise UsageError("probes: every anchor must be a node of the proposal's tree")
