@@ -1,8 +1,8 @@
 """specdec: speculative and parallel decoding for any Hugging Face causal LM.
 
-    from specdec import Decoder
-    decoder = Decoder(model, drafter="token-recycling")
-    output = decoder.generate(**inputs, max_new_tokens=256)
+from specdec import Decoder
+decoder = Decoder(model, drafter="token-recycling")
+output = decoder.generate(**inputs, max_new_tokens=256)
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ class Drafter(ABC):
         lossless: False when it emits trusted tokens.
         training: "none", "online" or what must be trained.
         requires: what it needs besides the target, in words.
-        needs: hidden states and hooks it asks of the target.
+        needs: hidden states and hooks it cannot do without.
+        wishes: taps it uses when the model has them (look into ``output.taps``).
         budget: most columns (nodes + probes) it uses per row; ``Decoder`` sizes the cache by it.
         forwards: forwards of its own models so far, if it has any.
     """
@@ -50,6 +51,7 @@ class Drafter(ABC):
     training: ClassVar[str] = "none"
     requires: ClassVar[str] = "nothing"
     needs: Needs = Needs()
+    wishes: Needs = Needs()
     budget: int = 64
     forwards: int = 0
 

@@ -57,13 +57,15 @@ class Decoder(GenerateSurface):
         if prefill_chunk < 1:
             raise UsageError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         if options and not isinstance(drafter, str):
-            raise UsageError(f"options {sorted(options)} only go with a drafter's name; pass them to the drafter itself")
+            raise UsageError(
+                f"options {sorted(options)} only go with a drafter's name; pass them to the drafter itself"
+            )
         self.drafter = registry.drafter(drafter, **options) if isinstance(drafter, str) else drafter
         self.verifier = registry.verifier(verifier) if isinstance(verifier, str) else verifier
         self.tokenizer = tokenizer
         self.prefill_chunk = prefill_chunk
         self.target = Target(model)
-        self.target.bind(self.drafter.needs | self.verifier.needs)
+        self.target.bind(self.drafter.needs | self.verifier.needs, self.drafter.wishes)
         self.drafter.bind(self.target)
         self.verifier.bind(self.target)
         self.stats: GenerationStats | None = None

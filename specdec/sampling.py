@@ -8,6 +8,15 @@ from collections.abc import Iterable
 
 import torch
 from transformers import LogitsProcessorList
+from transformers.generation import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper)
 
 
 class Randomness:
@@ -33,10 +42,14 @@ class Randomness:
     def draws(self, probs: torch.Tensor, k: int, replace: bool) -> torch.Tensor:
         """k tokens for each row of ``probs`` [P, V] -> int64 [P, k], in draw order.
 
-        Without replacement every row needs at least k non-zero entries.
+        Without replacement, a row with fewer than k tokens of positive probability yields tokens of probability 0
+        in its last columns; they were not drawn and must be dropped.
         """
-        # multinomial(replacement=False) documents that columns come in draw order: a valid WOR sampler
-        return torch.multinomial(probs, k, replacement=replace, generator=self._device)
+        if replace:
+            return torch.multinomial(probs, k, replacement=True, generator=self._device)
+        # an exponential race: token x finishes after Exp(1)/q(x), and the order of arrival is sequential WOR sampling
+        clocks = torch.empty_like(probs).exponential_(generator=self._device).clamp_min_(1e-30)
+        return (probs / clocks).topk(k, dim=-1).indices
 
 
 class NonFiniteLogits(ValueError):
@@ -75,6 +88,17 @@ class Sampler:
         if self.processors:
             scores = self.processors(prefix[None].to(logits.device), scores)
         return scores[0]
+
+    def warp(self, logits: torch.Tensor) -> torch.Tensor:
+        """A draft model's law made alike: the request's temperature, top-k, top-p and min-p on ``logits`` [n, V].
+
+        Only the rules that look at one row of scores and keep no state; float32 probabilities [n, V].
+        """
+        scores = logits.float()
+        for warper in self.processors:
+            if type(warper) in _WARPERS:
+                scores = warper(None, scores)
+        return torch.softmax(scores, dim=-1)
 
     @staticmethod
     def probabilities(scores: torch.Tensor) -> torch.Tensor:

@@ -107,5 +107,3 @@ class Clock:
         if self._wait is not None and name == "forward":
             self._wait()
         step.seconds[name] += perf_counter() - start
-
-

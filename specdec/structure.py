@@ -65,9 +65,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         CompatibilityError: no list of ``num_hidden_layers`` blocks of one kind exists.
     """
     count = text_config(model).num_hidden_layers
-    found = [
-        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count and any(m[0].parameters())
-    ]
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count and any(m[0].parameters())]
     if not found:
         raise CompatibilityError(
             f"{type(model).__name__} keeps no list of its {count} layers, so hidden states cannot be tapped; "

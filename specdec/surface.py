@@ -208,7 +208,9 @@ class GenerateSurface:
 def _refuse(config: Any, processors: LogitsProcessorList, model_kwargs: dict[str, Any]) -> None:
     """One clear error for requests this loop cannot serve."""
     if config.num_beams > 1:
-        raise UsageError(f"num_beams={config.num_beams}: beam search is not supported; use num_beams=1 or model.generate")
+        raise UsageError(
+            f"num_beams={config.num_beams}: beam search is not supported; use num_beams=1 or model.generate"
+        )
     for name in ("penalty_alpha", "dola_layers", "force_words_ids", "constraints"):
         if getattr(config, name, None) is not None:
             raise UsageError(f"{name} selects a decoding strategy of its own; use model.generate for it")

@@ -144,11 +144,16 @@ class Target:
                 self.model.set_attn_implementation(self._own_attention)
             self.caches = []
 
-    def bind(self, needs: Needs) -> None:
-        """Install the hooks for ``needs``, replacing earlier ones."""
+    def bind(self, needs: Needs, wishes: Needs = Needs()) -> None:
+        """Install the hooks for ``needs``, replacing earlier ones, and for ``wishes`` if the model can meet them."""
         if self._taps is not None:
             self._taps.remove()
-        self._taps = None
+            self._taps = None
+        if wishes:
+            try:
+                return self.bind(needs | wishes)
+            except CompatibilityError:
+                pass  # a wish: the drafter sees that the tap is missing
         if needs:
             if needs.hooks and self.capability.tier != "tree":
                 raise CompatibilityError(f"layer hooks need a tree-capable model: {self.capability.reason}")
@@ -200,7 +205,9 @@ class Target:
             cache.lengths = [min(cache.lengths[i], lengths[b]) for i, b in enumerate(rows)]
             cache.crop_to(max(cache.lengths))
 
-    def adopt(self, layers: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], length: int, pads: Sequence[int]) -> None:
+    def adopt(
+        self, layers: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], length: int, pads: Sequence[int]
+    ) -> None:
         """Fill the empty caches from another cache of the same model.
 
         Args:

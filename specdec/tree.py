@@ -172,6 +172,24 @@ class DraftTree:
         q_row = None if self.q_row is None else self.q_row[pick]
         return DraftTree(Topology(parents), self.tokens[pick], law, q_row, self.q)
 
+    def drawn(self) -> DraftTree:
+        """Without nodes of probability 0 under their q: a support smaller than the number of children asked for.
+
+        Whether such a node exists depends on q alone and not on which tokens were drawn, so the law stays exact.
+        """
+        if self.q is None or self.q_row is None:
+            return self
+        nodes = torch.arange(1, len(self))
+        q_rows, tokens = torch.from_numpy(self.q_row)[nodes], torch.from_numpy(self.tokens)[nodes]
+        real = (self.q[q_rows.to(self.q.device), tokens.to(self.q.device)] > 0).tolist()
+        if all(real):
+            return self
+        keep = [0]
+        for v, exists in zip(nodes.tolist(), real, strict=True):
+            if exists and self.topology.parents[v] in keep:
+                keep.append(v)
+        return self._take(keep)
+
     def cut(self, depth: int) -> DraftTree:
         """Without the nodes deeper than ``depth``: safe for every law."""
         if self.topology.max_depth <= depth:
@@ -239,5 +257,7 @@ class Proposal:
     trusted: Sequence[int] = field(default_factory=tuple)
 
     def __post_init__(self) -> None:
-        if self.probes is not None and (self.tree is None or self.probes.layout.anchor.max(initial=0) >= len(self.tree)):
+        if self.probes is not None and (
+            self.tree is None or self.probes.layout.anchor.max(initial=0) >= len(self.tree)
+        ):
             raise UsageError("probes: every anchor must be a node of the proposal's tree")

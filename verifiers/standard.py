@@ -77,9 +77,7 @@ class Standard(Verifier):
             node = child
 
 
-def choose(
-    p: torch.Tensor, tree: DraftTree, children: Sequence[int], randomness: Randomness
-) -> tuple[int, int | None]:
+def choose(p: torch.Tensor, tree: DraftTree, children: Sequence[int], randomness: Randomness) -> tuple[int, int | None]:
     """One token of law ``p`` [V], and the child that carries it if one was accepted.
 
     The general sequential rule: with r = p and pi_i the law child i was really drawn from,

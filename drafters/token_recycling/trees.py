@@ -1,0 +1,64 @@
+"""Static tree templates: which ranks of successors are tried where.
+
+A template is a list of paths, each a tuple of ranks; node i's parent is its path without the last rank.
+"""
+
+from __future__ import annotations
+
+import heapq
+from functools import lru_cache
+
+import numpy as np
+
+from specdec.errors import UsageError
+
+# The published 81-node tree "2.2.2": path of the parent -> number of children, always ranks 0..n-1.
+_PUBLISHED = {
+    "": 8,
+    **dict(zip("01234567", (8, 4, 3, 2, 1, 1, 1, 1), strict=True)),
+    **dict(zip(("00", "01", "02", "03", "04", "05", "06", "07"), (8, 3, 2, 1, 1, 1, 1, 1), strict=True)),
+    **dict(zip(("10", "11", "20", "30", "40", "50"), (2, 1, 1, 1, 1, 1), strict=True)),
+    **dict(zip(("000", "001", "002", "003", "004", "010", "020", "100", "200", "300"), (5, 2, *[1] * 8), strict=True)),
+    **dict(zip(("0000", "0001", "0002", "0010", "0100", "1000"), (3, 1, 1, 1, 1, 1), strict=True)),
+    **dict(zip(("00000", "00010"), (2, 1), strict=True)),
+}
+
+# Chance that the target's token is the table's successor of rank r, given that the parent was accepted. Measured with
+# the embedded model on its training stories (see `make tables`); only the decay matters, and it is alike elsewhere.
+RANK_ACCEPTANCE = (0.42, 0.13, 0.07, 0.045, 0.03, 0.022, 0.017, 0.013)
+
+PUBLISHED_SIZE = 81
+
+
+@lru_cache(maxsize=None)
+def template(size: int, k: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """A template of ``size`` nodes, root included, as (parents int64 [N], ranks int64 [N]).
+
+    81 is the published tree. Other sizes take the nodes most likely to be accepted, where a path of ranks
+    (r1, r2, ...) has probability a[r1] * a[r2] * ...; ties go to the shallower node.
+    """
+    if size < 1:
+        raise UsageError(f"tree size {size} must be at least 1 (the root alone)")
+    paths = _published() if size == PUBLISHED_SIZE and k >= 8 else _best_first(size, min(k, len(RANK_ACCEPTANCE)))
+    number = {path: i for i, path in enumerate(paths)}
+    parents = np.array([-1] + [number[path[:-1]] for path in paths[1:]], dtype=np.int64)
+    ranks = np.array([0] + [path[-1] for path in paths[1:]], dtype=np.int64)
+    return parents, ranks
+
+
+def _published() -> list[tuple[int, ...]]:
+    paths = [""]
+    for path in paths:  # grows while it is read: breadth first
+        paths += [path + str(rank) for rank in range(_PUBLISHED.get(path, 0))]
+    return [tuple(map(int, path)) for path in paths]
+
+
+def _best_first(size: int, k: int) -> list[tuple[int, ...]]:
+    paths: list[tuple[int, ...]] = []
+    heap: list[tuple[float, int, tuple[int, ...]]] = [(-1.0, 0, ())]
+    while len(paths) < size:
+        chance, depth, path = heapq.heappop(heap)
+        paths.append(path)
+        for rank in range(k):
+            heapq.heappush(heap, (chance * RANK_ACCEPTANCE[rank], depth + 1, (*path, rank)))
+    return sorted(paths, key=lambda path: (len(path), path))
