@@ -50,6 +50,8 @@ def detect(target: Target) -> Capability:
         want, effect = _references(target)
     except Exception as error:  # any failure of foreign modelling code means: not decodable
         return Capability("none", f"a plain forward fails: {type(error).__name__}: {error}")
+    if not bool(torch.isfinite(want.max())):
+        return Capability("none", "its logits contain NaN or inf; load it in float32 or bfloat16 and check its weights")
     half = model.dtype in (torch.float16, torch.bfloat16)
     # a wrong context changes the logits by `effect`; rounding in half precision is far below a fifth of it
     tolerance = (0.2 if half else 0.05) * effect
@@ -98,9 +100,9 @@ def _try(target: Target, topology: Topology, tokens: list[int], want: torch.Tens
             first = target.step([prefix], [Proposal(DraftTree.root(int(prefix[-1])))])
             target.commit(first, [[]])
             got = target.step([committed], [Proposal(tree)]).logits[0].float()
-            error = float((got - want).abs().max())
+            off = float((got - want).abs().max())
     except Exception as error:  # foreign modelling code: whatever it raises is the answer
         return f"the draft's forward fails ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
-    if not error < tolerance:
-        return f"its logits are off by {error:.2g}"
+    if not off < tolerance:  # NaN included
+        return f"its logits are off by {off:.2g}"
     return None

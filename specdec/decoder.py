@@ -206,7 +206,7 @@ class Decoder(GenerateSurface):
                     if self.target.capability.tier != "tree":
                         raise CompatibilityError(f"probes need a tree-capable model: {self.target.capability.reason}")
                     continue  # probes hang under nodes, so the drafter itself must respect depth_left
-                tree = proposal.tree.cut(state.depth_left(b) - len(proposal.trusted))
+                tree = proposal.tree.cut(max(state.depth_left(b) - len(proposal.trusted), 0))
                 proposal.tree = tree if self.target.capability.tier == "tree" else tree.principal_chain()
         return proposals
 

@@ -53,6 +53,9 @@ class Needs:
         return bool(self.final_hidden or self.pre_norm_hidden or self.layers or self.hooks)
 
 
+NOTHING = Needs()
+
+
 def text_config(model: PreTrainedModel) -> Any:
     """The configuration of the language model inside ``model``."""
     return model.config.get_text_config(decoder=True)
@@ -65,7 +68,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         CompatibilityError: no list of ``num_hidden_layers`` blocks of one kind exists.
     """
     count = text_config(model).num_hidden_layers
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count and any(m[0].parameters())]
+    found = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList) and len(m) == count and next(m[0].parameters(), None) is not None
+    ]
     if not found:
         raise CompatibilityError(
             f"{type(model).__name__} keeps no list of its {count} layers, so hidden states cannot be tapped; "
@@ -226,6 +233,7 @@ class Head:
                 f"softcap (error {error:.3g}); drafters that read hidden states cannot be used with it"
             )
 
+    @torch.no_grad()
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 [..., V] of final hidden states [..., d]."""
         logits = self._head(hidden).float()

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from specdec.cache import TreeCache
 from specdec.capability import Capability, detect
 from specdec.errors import CompatibilityError, UsageError
-from specdec.structure import Head, Needs, ProbeColumns, Tap, Taps, text_config
+from specdec.structure import NOTHING, Head, Needs, ProbeColumns, Tap, Taps, text_config
 from specdec.tree import Proposal
 from specdec.tree_attention.masks import additive, step_mask
 
@@ -92,7 +92,7 @@ class Target:
         UsageError: the model is in training mode.
     """
 
-    def __init__(self, model: PreTrainedModel, needs: Needs = Needs()):
+    def __init__(self, model: PreTrainedModel, needs: Needs = NOTHING):
         if model.training:
             raise UsageError("model is in training mode, dropout would change its text; call model.eval() first")
         self.model = model
@@ -144,7 +144,7 @@ class Target:
                 self.model.set_attn_implementation(self._own_attention)
             self.caches = []
 
-    def bind(self, needs: Needs, wishes: Needs = Needs()) -> None:
+    def bind(self, needs: Needs, wishes: Needs = NOTHING) -> None:
         """Install the hooks for ``needs``, replacing earlier ones, and for ``wishes`` if the model can meet them."""
         if self._taps is not None:
             self._taps.remove()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -94,13 +94,13 @@ class Topology:
         return nodes[::-1]
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def chain(length: int) -> Topology:
         """The root followed by ``length`` nodes, one child each."""
         return Topology(range(-1, length))
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def branching(factors: tuple[int, ...]) -> Topology:
         """Every node of depth d has ``factors[d]`` children (RSD-C's b; MCSD's ``k_config``)."""
         parents, level = [-1], [0]

@@ -90,7 +90,9 @@ def choose(p: torch.Tensor, tree: DraftTree, children: Sequence[int], randomness
     if tree.law is None or not any(tree.law[c] for c in children):
         token = randomness.draw(p)
         return token, next((c for c in children if tree.tokens[c] == token), None)
-    assert tree.q is not None and tree.q_row is not None  # checked by DraftTree
+    q, q_row = tree.q, tree.q_row
+    assert q is not None, "checked by DraftTree"
+    assert q_row is not None, "checked by DraftTree"
     r = p.double()  # [V]
     tried: list[int] = []
     for child in children:
@@ -100,7 +102,7 @@ def choose(p: torch.Tensor, tree: DraftTree, children: Sequence[int], randomness
             pi = torch.zeros_like(r)
             pi[x] = 1.0
         else:
-            pi = tree.q[tree.q_row[child]].to(r)
+            pi = q[q_row[child]].to(r)
             if law == Law.WOR and tried:
                 pi = pi.clone()
                 pi[tried] = 0.0

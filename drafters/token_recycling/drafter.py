@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import torch
 
 from specdec.contracts import Drafter, Verdict
 from specdec.drafters.token_recycling.table import AdjacencyTable

@@ -6,7 +6,7 @@ A template is a list of paths, each a tuple of ranks; node i's parent is its pat
 from __future__ import annotations
 
 import heapq
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -30,7 +30,7 @@ RANK_ACCEPTANCE = (0.42, 0.13, 0.07, 0.045, 0.03, 0.022, 0.017, 0.013)
 PUBLISHED_SIZE = 81
 
 
-@lru_cache(maxsize=None)
+@cache
 def template(size: int, k: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """A template of ``size`` nodes, root included, as (parents int64 [N], ranks int64 [N]).
 

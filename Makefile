@@ -1,0 +1,45 @@
+# Everything a contributor does. `make demo` and `make test` work on a fresh machine: they create .venv themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+RESULTS := bench/results
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint format slow results docs tables clean
+
+# torch comes first and exactly, so that no other package pulls in another build of it
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: .venv/.ready  ## the embedded model, every drafter and baseline, greedy and sampled: the table in the README
+	$(BIN)/specdec bench tiny --prompts embedded --temperature 0,1 --limit 24
+
+test: lint  ## lint, types, import contracts, tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+slow: .venv/.ready  ## the proofs that take minutes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
+
+results: .venv/.ready  ## the README's figures: all 48 prompts, into bench/results (leave the machine alone meanwhile)
+	$(BIN)/specdec bench tiny --prompts embedded --temperature 0,1 --repeats 3 --out $(RESULTS)
+
+docs: .venv/.ready  ## regenerate docs/families.md from its test
+	SPECDEC_WRITE_DOCS=1 $(BIN)/pytest tests/test_families.py
+
+tables: .venv/.ready  ## measure RANK_ACCEPTANCE of drafters/token_recycling/trees.py (needs the shared data)
+	$(BIN)/python -m specdec.drafters.token_recycling.measure
+
+clean:
+	rm -rf .venv build dist *.egg-info
