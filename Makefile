@@ -34,12 +34,13 @@ slow: .venv/.ready  ## the proofs that take minutes
 
 results: .venv/.ready  ## the README's figures: all 48 prompts, into bench/results (leave the machine alone meanwhile)
 	$(BIN)/specdec bench tiny --prompts embedded --temperature 0,1 --repeats 3 --out $(RESULTS)
+	$(BIN)/python -m specdec.bench.readme $(RESULTS)/results.md README.md
 
 docs: .venv/.ready  ## regenerate docs/families.md from its test
 	SPECDEC_WRITE_DOCS=1 $(BIN)/pytest tests/test_families.py
 
 tables: .venv/.ready  ## measure RANK_ACCEPTANCE of drafters/token_recycling/trees.py (needs the shared data)
-	$(BIN)/python -m specdec.drafters.token_recycling.measure
+	$(BIN)/python -m specdec.bench.rank_acceptance --data ../shared/data
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_gemma2, tiny_llama
 
-from specdec import Decoder
+from specdec import Decoder, registry
 from specdec.contracts import Drafter
 from specdec.errors import CompatibilityError, UsageError
 from specdec.registry import drafter_class, drafter_names, verifier_class, verifier_names
@@ -205,6 +209,19 @@ def test_an_unknown_name_suggests_the_right_one(wrong: str, right: str):
 def test_an_unknown_option_names_it():
     with pytest.raises(UsageError, match="prompt-lookup.*'sise'"):
         Decoder(tiny_llama(), "prompt-lookup", sise=3)
+
+
+def test_the_template_is_a_drafter_that_another_package_could_ship(monkeypatch: pytest.MonkeyPatch):
+    file = Path(__file__).parents[1] / "docs" / "template" / "my_drafter.py"
+    spec = importlib.util.spec_from_file_location("my_drafter", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    entry = SimpleNamespace(name="my-drafter", load=lambda: module.MyDrafter)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == "specdec.drafters" else [])
+    model = tiny_llama()
+    want = model.generate(IDS, do_sample=False, max_new_tokens=48)
+    assert "my-drafter" in drafter_names()
+    assert torch.equal(Decoder(model, "my-drafter", length=3).generate(IDS, do_sample=False, max_new_tokens=48), want)
 
 
 @pytest.mark.parametrize("sampling", [False, True])

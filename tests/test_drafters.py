@@ -156,7 +156,7 @@ class TestTokenRecycling:
             decoder = Decoder(model, "token-recycling", update_on_prompt=learn, prefill_chunk=2)
             decoder.generate(prompt, do_sample=False, max_new_tokens=1)
             table = decoder.drafter.table
-            assert bool(table.seen[9]) is learn
+            assert bool(table.seen[9]) == learn
             if learn:
                 assert table.successors[33].tolist() == want[2].tolist()
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from specdec.contracts import Drafter, Verdict
 from specdec.drafters.token_recycling.table import AdjacencyTable
-from specdec.drafters.token_recycling.trees import PUBLISHED_SIZE, template
+from specdec.drafters.token_recycling.trees import CPU_SIZE, PUBLISHED_SIZE, from_paths, template
 from specdec.errors import UsageError
 from specdec.state import DecodeState
 from specdec.structure import Needs
@@ -33,9 +33,10 @@ class TokenRecycling(Drafter):
 
     Args:
         size: nodes of the static tree, root included; None: 81 (as published) on a GPU, 12 on a CPU, where every
-            extra column costs.
+            extra column costs time.
         k: successors kept per token.
         update_on_prompt: learn from prompt positions too (the published code does not).
+        paths: a tree of your own in place of ``size``, see ``trees.from_paths``.
     """
 
     name = "token-recycling"
@@ -43,13 +44,18 @@ class TokenRecycling(Drafter):
     training = "online"
     wishes = Needs(final_hidden=True)
 
-    def __init__(self, size: int | None = None, k: int = 8, update_on_prompt: bool = True):
+    def __init__(
+        self,
+        size: int | None = None,
+        k: int = 8,
+        update_on_prompt: bool = True,
+        paths: Sequence[tuple[int, ...]] | None = None,
+    ):
         if not 1 <= k <= 64:
             raise UsageError(f"k={k} must be between 1 and 64")
-        self.size, self.k, self.update_on_prompt = size, k, update_on_prompt
-        self.budget = size or PUBLISHED_SIZE
-        if size is not None:
-            template(size, k)  # refuses a bad size now
+        self.k, self.update_on_prompt = k, update_on_prompt
+        self._template = from_paths(paths) if paths is not None else template(size, k) if size is not None else None
+        self.budget = PUBLISHED_SIZE if self._template is None else len(self._template[0])
         if not update_on_prompt:
             self.wishes = Needs()
         self._table: AdjacencyTable | None = None
@@ -64,8 +70,8 @@ class TokenRecycling(Drafter):
         return self._table
 
     def bind(self, target: Target) -> None:
-        size = self.size or (PUBLISHED_SIZE if target.device.type == "cuda" else 12)
-        self._parents, self._ranks = template(size, self.k)
+        default = PUBLISHED_SIZE if target.device.type == "cuda" else CPU_SIZE
+        self._parents, self._ranks = self._template or template(default, self.k)
         self._target = target
         if self._table is None or len(self._table.seen) != target.vocab_size:
             self._table = AdjacencyTable(target.vocab_size, self.k)
@@ -97,6 +103,8 @@ class TokenRecycling(Drafter):
         for b, (proposal, verdict) in enumerate(zip(proposals, verdicts, strict=True)):
             if proposal is None or proposal.tree is None or verdict is None:
                 continue
+            if not (verdict.emitted or self.update_on_prompt):
+                continue  # a chunk of the prompt
             if self.update_on_prompt and output.pending[b]:
                 self._learn_pending(state, b, output)
             # breadth first, then the accepted path once more: where tokens repeat, the accepted context wins

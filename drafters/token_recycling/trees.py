@@ -6,6 +6,7 @@ A template is a list of paths, each a tuple of ranks; node i's parent is its pat
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -24,10 +25,11 @@ _PUBLISHED = {
 }
 
 # Chance that the target's token is the table's successor of rank r, given that the parent was accepted. Measured with
-# the embedded model on its training stories (see `make tables`); only the decay matters, and it is alike elsewhere.
+# the embedded model on its training stories (`make tables`); only the decay matters, and it is alike elsewhere.
 RANK_ACCEPTANCE = (0.42, 0.13, 0.07, 0.045, 0.03, 0.022, 0.017, 0.013)
 
 PUBLISHED_SIZE = 81
+CPU_SIZE = 12
 
 
 @cache
@@ -39,8 +41,15 @@ def template(size: int, k: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """
     if size < 1:
         raise UsageError(f"tree size {size} must be at least 1 (the root alone)")
-    paths = _published() if size == PUBLISHED_SIZE and k >= 8 else _best_first(size, min(k, len(RANK_ACCEPTANCE)))
+    return from_paths(_published() if size == PUBLISHED_SIZE and k >= 8 else _best_first(size, k))
+
+
+def from_paths(paths: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+    """A template from paths of ranks, the root's () first, parents before children."""
     number = {path: i for i, path in enumerate(paths)}
+    for i, path in enumerate(paths):
+        if bool(path) is (i == 0) or number.get(path[:-1], i) > i:
+            raise UsageError(f"paths[{i}] = {path}: the root () comes first, and every path after its parent")
     parents = np.array([-1] + [number[path[:-1]] for path in paths[1:]], dtype=np.int64)
     ranks = np.array([0] + [path[-1] for path in paths[1:]], dtype=np.int64)
     return parents, ranks
@@ -59,6 +68,6 @@ def _best_first(size: int, k: int) -> list[tuple[int, ...]]:
     while len(paths) < size:
         chance, depth, path = heapq.heappop(heap)
         paths.append(path)
-        for rank in range(k):
+        for rank in range(min(k, len(RANK_ACCEPTANCE))):
             heapq.heappush(heap, (chance * RANK_ACCEPTANCE[rank], depth + 1, (*path, rank)))
     return sorted(paths, key=lambda path: (len(path), path))

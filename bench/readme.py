@@ -1,0 +1,22 @@
+"""Puts the measured tables into README.md, so that README and results cannot differ.
+
+python -m specdec.bench.readme bench/results/results.md README.md
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+BEGIN, END = "<!-- results: written by `make results` -->", "<!-- end of results -->"
+
+
+def insert(readme: str, results: str) -> str:
+    """``readme`` with everything between its markers replaced by ``results``."""
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{results.strip()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    target.write_text(insert(target.read_text(encoding="utf-8"), source.read_text(encoding="utf-8")), encoding="utf-8")
