@@ -1,0 +1,103 @@
+"""What is timed: one arm per method, all called alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from specdec.decoder import Decoder
+from specdec.stats import GenerationStats
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every arm is asked for.
+
+    Attributes:
+        max_new_tokens: most tokens per prompt.
+        temperature: 0 means greedy.
+    """
+
+    max_new_tokens: int
+    temperature: float
+
+    def arguments(self) -> dict[str, Any]:
+        """``generate()``'s arguments. Filters are switched off by name: transformers samples with top_k=50 unasked."""
+        if self.temperature == 0:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_k": 0,
+            "top_p": 1.0,
+        }
+
+
+class Arm(Protocol):
+    """One method.
+
+    Attributes:
+        name: the row's name.
+        lossless: the text, or its distribution, is the target's own.
+        state: "cold" when a learning method forgets between prompts, "warm" when it does not, None when it does
+            not learn.
+    """
+
+    name: str
+    lossless: bool
+
+    @property
+    def state(self) -> str | None: ...
+
+    @property
+    def stats(self) -> GenerationStats | None:
+        """Costs of the last call as the method counts them; None lets the harness count forwards."""
+
+    def reset(self) -> None:
+        """Called before every prompt, outside the timing."""
+
+    def forget(self) -> None:
+        """Drop everything learned, warm or not."""
+
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, settings: Settings) -> torch.Tensor:
+        """int64 [B, S] left padded -> int64 [B, S + new]."""
+
+
+class DecoderArm:
+    """A ``Decoder``, named after its drafter.
+
+    Args:
+        name: the drafter's.
+        decoder: the method.
+        warm: keep what a learning drafter has learned from one prompt to the next.
+    """
+
+    def __init__(self, name: str, decoder: Decoder, warm: bool = False):
+        self.name, self.decoder = name, decoder
+        self.lossless = decoder.lossless
+        self._learns = decoder.drafter.warm is not None
+        self._warm = warm
+
+    @property
+    def state(self) -> str | None:
+        return ("warm" if self._warm else "cold") if self._learns else None
+
+    @property
+    def stats(self) -> GenerationStats | None:
+        return self.decoder.stats
+
+    def reset(self) -> None:
+        if not self._warm:
+            self.forget()
+
+    def forget(self) -> None:
+        if self._learns:
+            self.decoder.drafter.reset()
+
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, settings: Settings) -> torch.Tensor:
+        output = self.decoder.generate(input_ids, attention_mask=attention_mask, **settings.arguments())
+        assert isinstance(output, torch.Tensor)
+        return output

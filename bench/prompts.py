@@ -1,0 +1,96 @@
+"""Prompts to measure on: the embedded ones or a file's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specdec import zoo
+from specdec.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        id: unique in the run.
+        text: what is tokenised.
+        category: free; None when the source names none.
+        where: how an error message points at it.
+    """
+
+    id: str
+    text: str
+    category: str | None
+    where: str
+
+
+def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
+    """The prompts of ``source``, at most ``limit``.
+
+    Args:
+        source: "embedded"; a ``.jsonl`` file of objects with "prompt" (and optional "id" and "category"); or any
+            other text file, one prompt per line. Blank lines are skipped.
+        limit: take the first ones. Embedded prompts alternate between categories, so a few are already a mixture.
+
+    Raises:
+        UsageError: no such file, or the line that is malformed.
+    """
+    prompts = _embedded() if source == "embedded" else _file(Path(source).expanduser())
+    return prompts[:limit]
+
+
+def _embedded() -> list[Prompt]:
+    by_category: dict[str, list[zoo.Prompt]] = {}
+    for p in zoo.prompts("tiny"):
+        by_category.setdefault(p.category, []).append(p)
+    longest = max(map(len, by_category.values()))
+    turns = [group[i] for i in range(longest) for group in by_category.values() if i < len(group)]
+    return [Prompt(p.id, p.prompt, p.category, f"embedded prompt {p.id}") for p in turns]
+
+
+def _file(file: Path) -> list[Prompt]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise UsageError(f"--prompts {file}:{line}: not UTF-8 text; save the file as UTF-8") from error
+    except OSError as error:
+        raise UsageError(
+            f"--prompts {file}: {error.strerror or error}; give `embedded`, a .jsonl file or a text file of one prompt "
+            "per line"
+        ) from error
+    parse = _json_prompt if file.suffix in (".jsonl", ".ndjson", ".json") else _line_prompt
+    prompts = [parse(line, f"{file}:{i}", str(i)) for i, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
+        raise UsageError(f"--prompts {file}: there is no prompt in it; write one per line")
+    seen: dict[str, str] = {}
+    for p in prompts:
+        if p.id in seen:
+            raise UsageError(f"--prompts {p.where}: id {p.id!r} was already used in {seen[p.id]}; ids must be unique")
+        seen[p.id] = p.where
+    return prompts
+
+
+def _line_prompt(line: str, where: str, number: str) -> Prompt:
+    return Prompt(number, line.rstrip("\r"), None, where)
+
+
+def _json_prompt(line: str, where: str, number: str) -> Prompt:
+    example = '{"prompt": "Once upon a time"}'
+    try:
+        entry: Any = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"--prompts {where}: not JSON ({error}); write one object per line, like {example}") from error
+    if not isinstance(entry, dict):
+        raise UsageError(f"--prompts {where}: a JSON {type(entry).__name__}, not an object; write {example}")
+    text = entry.get("prompt")
+    if not isinstance(text, str) or not text.strip():
+        have = "is empty" if isinstance(text, str) else "is not text" if "prompt" in entry else "is missing"
+        keys = ", ".join(map(str, entry)) or "none"
+        raise UsageError(f'--prompts {where}: "prompt" {have} (keys: {keys}); write {example}')
+    category = entry.get("category")
+    return Prompt(str(entry.get("id", number)), text, None if category is None else str(category), where)

@@ -1,0 +1,272 @@
+"""`specdec bench`: which method is fastest here, by how much, and whose text it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from specdec.cli import common
+from specdec.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from specdec.bench.arms import Arm, Settings
+    from specdec.bench.harness import Group, Harness
+    from specdec.bench.prompts import Prompt
+
+DRAFTERS = ("none", "prompt-lookup", "token-recycling", "draft-model")
+
+
+def bench(
+    model: common.Model = "tiny",
+    drafters: Annotated[
+        str | None, typer.Option(help=f"Comma list (`specdec list`); without it {', '.join(DRAFTERS)}.")
+    ] = None,
+    baselines: Annotated[
+        str | None, typer.Option(help="Comma list; without it hf-generate, hf-prompt-lookup, hf-assisted.")
+    ] = None,
+    verifier: Annotated[str, typer.Option(help="Who decides which drafted tokens to keep.")] = "standard",
+    draft: common.Draft = None,
+    prompts: Annotated[
+        str, typer.Option(help='`embedded`, a .jsonl file of {"prompt": ...}, or a text file, one prompt per line.')
+    ] = "embedded",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per prompt.")] = 128,
+    temperature: Annotated[str, typer.Option(help="0 is greedy; a comma list (0,1) makes a table each.")] = "0",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Times per prompt; the median counts.")] = 1,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Let learning drafters keep what earlier prompts taught.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the order of the methods, and of sampling.")] = 0,
+    dtype: common.Dtype = "auto",
+    device: common.Device = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.json, records.jsonl, results.md and speedup.png.")
+    ] = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="JSON on standard output, the table on standard error.")
+    ] = False,
+) -> None:
+    """Compare drafters with transformers' own methods, interleaved in one run, with intervals.
+
+    Learning drafters forget before every prompt unless --warm. Ctrl-C keeps what was measured, marked as partial.
+    """
+    temperatures = _temperatures(temperature)
+    common.check_loading(dtype, device)
+    if warm and repeats > 1:
+        raise UsageError(f"--warm with --repeats {repeats}: a repeated prompt is no longer new; use --repeats 1")
+
+    from specdec import registry
+    from specdec.bench.arms import Settings
+    from specdec.bench.baselines import BASELINES, REFERENCE
+    from specdec.bench.environment import environment
+    from specdec.bench.harness import Harness, grouped
+    from specdec.bench.prompts import load_prompts
+    from specdec.bench.report import Report, cautions, prepare_folder, show, write
+    from specdec.bench.statistics import summarise
+
+    # everything that can be wrong is checked before anything slow starts
+    chosen = _names("--drafters", drafters) or list(DRAFTERS)
+    for name in chosen:
+        registry.drafter_class(name)
+    registry.verifier_class(verifier)
+    peers = _names("--baselines", baselines) or list(BASELINES)
+    for name in peers:
+        common.check_choice("--baselines", name, BASELINES)
+    peers = list(dict.fromkeys([REFERENCE, *peers]))
+    if out is not None:
+        prepare_folder(out)
+    texts = load_prompts(prompts, limit)
+    draft = common.draft_name(model, draft)
+    notes: list[str] = []
+    explicit = {*(chosen if drafters else ()), *(peers if baselines else ())}
+
+    def leave_out(name: str, names: list[str], reason: str) -> None:
+        if name in names:
+            if name in explicit:
+                raise UsageError(f"{name}: {reason}")
+            names.remove(name)
+            notes.append(f"{name} left out: {reason}")
+
+    if draft is None:
+        reason = f"it needs --draft-model FOLDER or ID, {model} brings no draft model"
+        leave_out("draft-model", chosen, reason)
+        leave_out("hf-assisted", peers, reason)
+    if batch_size > 1:
+        for name in ("hf-prompt-lookup", "hf-assisted"):
+            leave_out(name, peers, f"transformers runs it at batch size 1 only, not {batch_size}")
+
+    common.quiet()
+    with common.json_only(json_) as stdout:
+        console = common.console(stderr=True)
+        target, tokenizer = common.load_model(model, dtype, device), common.load_tokenizer(model)
+        groups = grouped([p.id for p in texts], _encode(texts, tokenizer, target, max_new_tokens), batch_size)
+        loaded_draft = None
+        if draft is not None and {"draft-model", "hf-assisted"} & {*chosen, *peers}:
+            same = str(target.dtype).removeprefix("torch.")
+            loaded_draft = common.load_model(draft, same, device, "--draft-model")
+        arms = _arms(target, chosen, verifier, peers, loaded_draft, warm)
+        settings = [Settings(max_new_tokens, t) for t in temperatures]
+        harness = Harness(target, seed)
+        try:
+            with _progress(console) as progress:
+                arms = _warm_up(harness, arms, groups[0], settings, leave_out, peers, progress)
+                run = harness.run(arms, groups, settings, repeats, progress)
+        except KeyboardInterrupt:  # later ones are the harness's to keep
+            console.print("interrupted during the warm-up: nothing was measured", highlight=False)
+            raise typer.Exit(130) from None
+        lossless, states = {a.name: a.lossless for a in arms}, {a.name: a.state for a in arms}
+        rows = summarise(run.records, lossless, states, repeats, REFERENCE)
+        report = Report(
+            rows=rows,
+            environment=environment(target, model),
+            settings={
+                "model": model,
+                "draft_model": draft if loaded_draft is not None else None,
+                "verifier": verifier,
+                "prompts": prompts,
+                "prompt_count": len(texts),
+                "max_new_tokens": max_new_tokens,
+                "temperatures": temperatures,
+                "batch_size": batch_size,
+                "repeats": repeats,
+                "seed": seed,
+                "state": "warm" if warm else "cold",
+            },
+            notes=[*notes, *cautions(rows, REFERENCE, str(target.dtype).removeprefix("torch."))],
+            partial=run.failure is not None,
+        )
+        if out is not None:
+            try:
+                report.notes += write(report, run.records, out)
+            except OSError as error:  # the screen still gets what the disk did not
+                run.failure = run.failure or UsageError(f"--out {out}: could not be written ({error.strerror})")
+        show(report, console if json_ else common.console())
+        if json_:
+            stdout.write(json.dumps(report.to_json(), allow_nan=False) + "\n")
+    if isinstance(run.failure, KeyboardInterrupt):
+        console.print("interrupted: the results are partial", highlight=False)
+        raise typer.Exit(130)
+    if run.failure is not None:
+        raise run.failure
+
+
+def _temperatures(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or any(not 0 <= v < float("inf") for v in values):
+        raise UsageError(f"--temperature {text!r}: give a number from 0 up, or a comma list of them like 0,1")
+    return list(dict.fromkeys(values))
+
+
+def _names(option: str, text: str | None) -> list[str]:
+    """A comma list without repetitions; empty when the option was not given."""
+    if text is None:
+        return []
+    names = [part.strip() for part in text.split(",")]
+    if not all(names):
+        raise UsageError(f"{option} {text!r}: there is an empty name in it; write names with single commas between")
+    return list(dict.fromkeys(names))
+
+
+def _encode(prompts: Sequence[Prompt], tokenizer: Any, model: PreTrainedModel, max_new_tokens: int) -> list[list[int]]:
+    """Token ids of every prompt, all of which must leave room for the answer."""
+    context = common.context_of(model)
+    ids = []
+    for prompt in prompts:
+        tokens = tokenizer(prompt.text).input_ids
+        if not tokens:
+            raise UsageError(f"--prompts {prompt.where}: the tokenizer makes no token of it; give at least one word")
+        if context is not None and len(tokens) + max_new_tokens > context:
+            raise UsageError(
+                f"--prompts {prompt.where}: {len(tokens)} tokens and --max-new-tokens {max_new_tokens} exceed the "
+                f"model's context of {context}; shorten the prompt or lower --max-new-tokens"
+            )
+        ids.append(tokens)
+    return ids
+
+
+def _arms(
+    target: PreTrainedModel,
+    drafters: Sequence[str],
+    verifier: str,
+    peers: Sequence[str],
+    draft: PreTrainedModel | None,
+    warm: bool,
+) -> list[Arm]:
+    """Every method of the table, baselines first."""
+    from specdec.bench.arms import DecoderArm
+    from specdec.bench.baselines import baseline
+    from specdec.decoder import Decoder
+
+    arms: list[Arm] = []
+    for name in drafters:
+        options: dict[str, Any] = {"draft": draft} if name == "draft-model" else {}
+        arms.append(DecoderArm(name, Decoder(target, name, verifier, **options), warm))
+    return [*(baseline(name, target, draft) for name in peers), *arms]
+
+
+def _warm_up(
+    harness: Harness,
+    arms: list[Arm],
+    group: Group,
+    settings: Sequence[Settings],
+    leave_out: Callable[[str, list[str], str], None],
+    peers: list[str],
+    progress: Callable[[int, int, str], None],
+) -> list[Arm]:
+    """Run every arm untimed; a baseline that transformers cannot run on this model is left out."""
+    from specdec.bench.baselines import REFERENCE
+
+    working = list(arms)
+    # our own arms first: their errors name the cause
+    for i, arm in enumerate(sorted(arms, key=lambda a: a.name in peers)):
+        progress(0, 1, f"warm-up {i + 1}/{len(arms)}, {arm.name}")
+        try:
+            for setting in settings:
+                harness.warm_up(arm, group, setting)
+        except Exception as error:
+            if arm.name not in peers or isinstance(error, UsageError):
+                raise
+            reason = f"transformers cannot run it here ({type(error).__name__}: {str(error).splitlines()[0][:150]})"
+            if arm.name == REFERENCE:
+                raise UsageError(f"{arm.name}: {reason}") from error
+            leave_out(arm.name, peers, reason)
+            working.remove(arm)
+    return working
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on a terminal, a line for every tenth of the work elsewhere."""
+    if not console.is_terminal:
+        shown = -1
+
+        def line(done: int, total: int, text: str) -> None:
+            nonlocal shown
+            if done == 0:
+                console.print(text, highlight=False)
+            elif done * 10 // total > shown:
+                shown = done * 10 // total
+                console.print(f"{done}/{total} {text}", highlight=False)
+
+        yield line
+        return
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    # few refreshes: the bar's thread shares the processor with what is being timed
+    with Progress(*columns, console=console, transient=True, refresh_per_second=1) as bar:
+        task = bar.add_task("")
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
