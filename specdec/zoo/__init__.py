@@ -1,0 +1,71 @@
+"""The models that ship inside the package: `tiny` and its draft `tiny-draft`, and their held-out prompts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specdec.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+HERE = Path(__file__).resolve().parent
+_FOLDERS = {"tiny": HERE / "tiny" / "target", "tiny-draft": HERE / "tiny" / "draft"}
+_PROMPTS = {"tiny": HERE / "tiny" / "prompts.jsonl"}
+
+
+class ZooError(UsageError):
+    """A packaged model is unknown, missing or damaged. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One held-out prompt, in a text format the model was trained on."""
+
+    id: str
+    category: str  # stories, qa, math, code, translation or continuation
+    prompt: str
+    source: str  # source of the recipe whose held-out part it was taken from
+
+
+def names() -> list[str]:
+    """Names that `path` and `load` take."""
+    return sorted(_FOLDERS)
+
+
+def path(name: str) -> Path | None:
+    """Folder of the packaged model `name`, for `from_pretrained`; None where `name` is not packaged."""
+    return _FOLDERS.get(name)
+
+
+def load(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of the packaged model `name`, from the package alone; `dtype` None keeps bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = _FOLDERS.get(name)
+    if folder is None:
+        raise ZooError(f"zoo model {name!r} is unknown: choose one of {names()}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.bfloat16, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever the readers of weights and JSON raise, the remedy is the same
+        raise ZooError(
+            f"zoo model {name!r} could not be read from {folder} ({type(error).__name__}): "
+            "reinstall specdec, or train it anew with `specdec train lm --recipe tiny`"
+        ) from error
+    return model, tokenizer
+
+
+def prompts(name: str = "tiny") -> list[Prompt]:
+    """The 48 held-out prompts of `name`, 8 in each of 6 categories."""
+    file = _PROMPTS.get(name)
+    if file is None:
+        raise ZooError(f"zoo model {name!r} has no prompts: choose one of {sorted(_PROMPTS)}")
+    try:
+        return [Prompt(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise ZooError(f"prompts of {name!r} could not be read from {file}: reinstall specdec") from error

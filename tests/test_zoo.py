@@ -1,0 +1,118 @@
+"""The packaged models: they load, fit, keep text exact, and were not trained on their prompts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdec import zoo
+
+TINY = Path(zoo.__file__).parent / "tiny"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+TEXTS = [
+    "Once upon a time, there was a fox.\nIt ran.",
+    "  leading and  double spaces \n\n",
+    "def add(a, b):\n    if a:\n        return a + b\n\treturn 12345\n",
+    "Grüße aus Köln, “quoted” … 日本 🙂",
+    "",
+]
+
+
+def test_names_paths_and_prompts() -> None:
+    assert zoo.names() == ["tiny", "tiny-draft"]
+    assert zoo.path("tiny") == TINY / "target"
+    assert zoo.path("gpt2") is None
+    prompts = zoo.prompts()
+    assert Counter(p.category for p in prompts) == {
+        c: 8 for c in ("stories", "qa", "math", "code", "translation", "continuation")
+    }
+    assert len({p.id for p in prompts}) == len({p.prompt for p in prompts}) == 48
+
+
+def test_what_ships_is_at_most_20_megabytes() -> None:
+    assert sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file()) < 20e6
+
+
+def test_both_models_load_from_the_package_with_one_vocabulary() -> None:
+    target, tokenizer = zoo.load("tiny")
+    draft, draft_tokenizer = zoo.load("tiny-draft", dtype=torch.float32)
+    assert target.dtype == torch.bfloat16
+    assert draft.dtype == torch.float32
+    assert 6e6 < target.num_parameters() < 12e6
+    assert draft.num_parameters() < 1.2e6
+    assert tokenizer.get_vocab() == draft_tokenizer.get_vocab()
+    assert len(tokenizer) == target.config.vocab_size == draft.config.vocab_size == 8192
+    for model in (target, draft):
+        assert model.config.max_position_embeddings == 2048
+        assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back_exactly_and_equals_sentencepiece(text: str) -> None:
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(zoo.path("tiny"))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(TINY / "target" / "tokenizer.model"))
+    ids = tokenizer(text).input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids[1:]) == text
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert ids[1:] == pieces.encode(text)
+
+
+def test_prompts_are_the_length_their_category_promises() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(zoo.path("tiny"))
+    for prompt in zoo.prompts():
+        length = len(tokenizer(prompt.prompt).input_ids)
+        assert (300 if prompt.category == "continuation" else 10) <= length <= 700
+
+
+def test_the_target_reads_stories_better_than_the_draft_and_both_better_than_chance() -> None:
+    from specdec.training.report import bits_per_character
+
+    stories = [p.prompt for p in zoo.prompts() if p.category == "stories"]
+    bits = []
+    for name in ("tiny", "tiny-draft"):
+        model, tokenizer = zoo.load(name, dtype=torch.float32)
+        bits.append(bits_per_character(model, tokenizer, stories))
+    assert bits[0] < bits[1] < 2.0
+
+
+def test_a_damaged_or_missing_checkpoint_gives_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torn = tmp_path / "torn"
+    shutil.copytree(TINY / "draft", torn)
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
+    monkeypatch.setattr(zoo, "_FOLDERS", {"torn": torn, "gone": tmp_path / "gone"})
+    for name in ("torn", "gone"):
+        with pytest.raises(zoo.ZooError, match="reinstall specdec"):
+            zoo.load(name)
+    with pytest.raises(zoo.ZooError, match="choose one of"):
+        zoo.load("tinny")
+
+
+def test_the_loss_curves_of_both_models_ship() -> None:
+    records = json.loads((TINY / "training.json").read_text(encoding="utf-8"))
+    for name in ("target", "draft"):
+        losses = [point["loss"] for point in records[name]["loss"]]
+        assert losses[-1] < losses[0] - 2
+        assert (TINY / f"loss-{name}.png").is_file()
+
+
+@pytest.mark.shared_data
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data does not lie beside the checkout")
+def test_no_prompt_is_in_the_training_text() -> None:
+    from specdec.training.data import leaked, read_sources
+    from specdec.training.recipe import load_recipe
+
+    documents = read_sources(load_recipe("tiny"), SHARED)
+    train = [text for source in documents.values() for text in source.train]
+    assert leaked([p.prompt for p in zoo.prompts()], train) == []
+    assert leaked([train[0]], train) == [train[0]]  # the check can fail
