@@ -125,9 +125,10 @@ class TreeCache(Cache):
 
     def crop_to(self, width: int) -> None:
         """Forget the columns from ``width`` on."""
-        self.width = width
-        for layer in self.layers:
-            layer.resize(width)
+        if width != self.width:
+            self.width = width
+            for layer in self.layers:
+                layer.resize(width)
 
     def keep(self, base: int, kept: list[list[int]]) -> None:
         """Commit, for each row, the step columns ``kept[b]`` (relative to ``base``, ascending); drop the others.
@@ -154,3 +155,4 @@ class TreeCache(Cache):
         for layer in self.layers:
             layer.select(index)
         self.lengths = [self.lengths[r] for r in rows]
+        self.crop_to(max(self.lengths))

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # windows or distances counted in cache slots, which no short self-test can see
 _BY_SLOT = {"gpt_neo": "its local attention window counts cache slots, which tree nodes shift"}
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+_WINDOWED = {"sliding_attention", "chunked_attention"}
+# what a model does in long contexts only, so that no short self-test can see it
+_INEXACT = {"doge": "its dynamic mask makes the text depend on how many tokens share a forward"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ def detect(target: Target) -> Capability:
     if getattr(model, "_is_stateful", False) or recurrent:
         what = f"layers of kind {', '.join(recurrent)}" if recurrent else "a recurrent state"
         return Capability("none", f"it has {what}, which cannot be rolled back when a draft is rejected")
+    if config.model_type in _INEXACT:
+        return Capability("none", _INEXACT[config.model_type])
     if "past_key_values" not in target.inputs:
         return Capability("none", "its forward takes no past_key_values, so nothing can be cached")
     try:
@@ -63,6 +68,9 @@ def detect(target: Target) -> Capability:
             return Capability("tree", "a tree over a cached prefix gives the logits of each path")
     else:
         problem = slots or "its forward takes no position_ids, so siblings cannot share a position"
+    if problem is not None and _WINDOWED & set(target.layer_kinds):
+        # a chain would go without our mask, and whether the model applies its window then shows in long contexts only
+        return Capability("none", f"its attention window cannot be checked: {problem}")
     target.capability = Capability("chain", "being tested")
     failure = _try(target, Topology.chain(2), [11, 12, 13], want[:3], tolerance)
     if failure is None:

@@ -49,5 +49,6 @@ class StopRules:
         if not self._others:
             return False
         ids = row.ids[None]
-        scores = tuple(s[None] for s in row.recorded_scores) or None
+        # the verifier has recorded the whole path; a criterion sees the scores of the tokens committed so far
+        scores = tuple(s[None] for s in row.recorded_scores[: len(row) - row.prompt_length]) or None
         return any(bool(torch.as_tensor(rule(ids, scores)).any()) for rule in self._others)

@@ -5,6 +5,7 @@ Hidden states are tapped with hooks on the blocks that carry [B, n, d]; nothing 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,6 +183,19 @@ class Taps:
         self._handles = []
 
 
+def _sees_every_column(model: PreTrainedModel, module: nn.Module, ids: torch.Tensor) -> bool:
+    """False for heads of several layers (BERT's), which run on the columns of ``logits_to_keep`` alone."""
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return True
+    widths: list[int] = []
+    handle = module.register_forward_hook(lambda m, args, output: widths.append(output.shape[1]))
+    try:
+        model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return widths[-1] == ids.shape[1]
+
+
 class Head:
     """The output head with whatever the model does to logits afterwards, checked against the model itself.
 
@@ -217,7 +231,7 @@ class Head:
                 handle.remove()
         hidden = inputs[-1]
         same = [m for m, x in outputs if x.shape == hidden.shape and torch.equal(x, hidden)]
-        self.final = same[-1] if same else None
+        self.final = same[-1] if same and _sees_every_column(model, same[-1], ids) else None
         raw = head(hidden).float()
         # softcap first squashes, so its inverse is compared; no softcap: the identity
         cap = getattr(text_config(model), "final_logit_softcapping", None)

@@ -15,7 +15,10 @@ import torch
 from transformers import Cache, DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
@@ -133,11 +136,14 @@ class GenerateSurface:
         if streamer is not None:
             streamer.end()
         sequences = sequences.clone()  # made under inference_mode: give the caller an ordinary tensor
+        if wants_cache:
+            cache = DynamicCache(config=self.target.config)
+            for layer, (keys, values) in enumerate(exported):
+                cache.update(keys.clone(), values.clone(), layer)
+            if isinstance(past, DynamicCache):  # the caller's own goes from turn to turn
+                past.layers, cache = cache.layers, past
         if not as_dict:
             return sequences
-        cache = DynamicCache(config=self.target.config)
-        for layer, (keys, values) in enumerate(exported):
-            cache.update(keys.clone(), values.clone(), layer)
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
             scores=_stack(state, "recorded_scores") if state.record_scores else None,
@@ -186,7 +192,7 @@ class GenerateSurface:
 
     def _import(self, past: Cache, state: DecodeState) -> None:
         """Take over the keys and values of an earlier call."""
-        have = past.get_seq_length()
+        have = int(past.get_seq_length())  # a tensor for static caches
         shortest = min(len(row) for row in state.rows)
         if have >= shortest:
             raise UsageError(
@@ -211,7 +217,7 @@ def _refuse(config: Any, processors: LogitsProcessorList, model_kwargs: dict[str
         raise UsageError(
             f"num_beams={config.num_beams}: beam search is not supported; use num_beams=1 or model.generate"
         )
-    for name in ("penalty_alpha", "dola_layers", "force_words_ids", "constraints"):
+    for name in ("penalty_alpha", "dola_layers", "force_words_ids", "constraints", "prompt_lookup_num_tokens"):
         if getattr(config, name, None) is not None:
             raise UsageError(f"{name} selects a decoding strategy of its own; use model.generate for it")
     if any(isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor) for p in processors):
@@ -242,13 +248,32 @@ def _for_row(processors: LogitsProcessorList, index: int, rows: int) -> LogitsPr
     """The processors of one row: a private copy when a batch would mix their states."""
     if rows == 1:
         return processors
-    mine = LogitsProcessorList(copy.deepcopy(p) if index else p for p in processors)
-    for p in mine:
-        if isinstance(p, PrefixConstrainedLogitsProcessor):
-            # it counts rows itself and would always see row 0 here
-            allowed = p._prefix_allowed_tokens_fn
-            p._prefix_allowed_tokens_fn = lambda _, ids, allowed=allowed: allowed(index, ids)
+    return LogitsProcessorList(_of_row(p, index, rows) for p in processors)
+
+
+def _of_row(processor: Any, index: int, rows: int) -> Any:
+    """One processor for one row of the batch; those that hold something per row get their row's part."""
+    mine = copy.copy(processor)
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        # it counts rows itself and would always see row 0 here
+        mine._prefix_allowed_tokens_fn = lambda _, ids: processor._prefix_allowed_tokens_fn(index, ids)
+    elif isinstance(processor, RepetitionPenaltyLogitsProcessor):
+        padding = getattr(processor, "prompt_ignore_length", None)
+        if torch.is_tensor(padding):
+            mine.prompt_ignore_length = _part(padding, index, rows)
+    elif isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
+        mine.encoder_input_ids = _part(processor.encoder_input_ids, index, rows)
+    elif isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
+        mine.generated_ngrams, mine.batch_size = _part(processor.generated_ngrams, index, rows), 1
+    else:
+        return copy.deepcopy(processor) if index else processor
     return mine
+
+
+def _part(per_row: Any, index: int, rows: int) -> Any:
+    """The entry of one row, where ``num_return_sequences`` may have repeated the rows since."""
+    i = index * len(per_row) // rows
+    return per_row[i : i + 1]
 
 
 def _callers_streamer() -> Any:

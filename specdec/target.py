@@ -69,7 +69,7 @@ class _Columns:
 
     ids: np.ndarray  # int64 [B, C]
     positions: np.ndarray  # int64 [B, C]
-    block: np.ndarray  # bool [B, C, C]
+    block: np.ndarray | None  # bool [B, C, C]; None: the lone tree's own mask
     pending: int  # width P of the pending part
     nodes: int  # width N of the node part
 
@@ -219,6 +219,7 @@ class Target:
             for layer, (keys, values) in zip(cache.layers, layers, strict=False):
                 if keys is None or values is None or keys.shape[2] == 0:
                     continue
+                keys, values = keys[:, :, :length], values[:, :, :length]  # static caches have room behind
                 missing = length - keys.shape[2]
                 layer.resize(0)
                 filled = [torch.nn.functional.pad(t[rows], (0, 0, missing, 0)) for t in (keys, values)]
@@ -290,23 +291,25 @@ class Target:
         if self._taps is not None:
             self._taps.start(place)
         base = cache.width
-        block = self._shared_block(asked, columns)
+        if columns.block is None:
+            lone = asked[0]
+            assert lone is not None
+            assert lone.tree is not None
+            block = lone.tree.topology.mask(self.device)[None]
+        else:
+            block = torch.from_numpy(columns.block).to(self.device)
         logits = self._run(cache, torch.from_numpy(columns.ids), torch.from_numpy(columns.positions), block, keep)
         taps = self._taps.stop() if self._taps is not None else {}
         count = len(rows)
         return StepOutput(logits, taps, [first] * count, pending, nodes, [probe_start] * count, [base])
 
-    def _shared_block(self, asked: list[Proposal | None], columns: _Columns) -> torch.Tensor:
-        """Visibility among the step's columns on the device; a lone tree's mask is already there."""
-        lone = asked[0]
-        if len(asked) == 1 and lone and lone.tree and columns.ids.shape[1] == len(lone.tree):
-            return lone.tree.topology.mask(self.device)[None]
-        return torch.from_numpy(columns.block).to(self.device)
-
     def _columns(
         self, cache: TreeCache, tokens: list[np.ndarray], asked: list[Proposal | None], pending: list[int]
     ) -> _Columns:
-        rows = len(tokens)
+        rows, lone = len(tokens), asked[0]
+        if rows == 1 and lone and lone.tree and not pending[0] and not lone.probes:  # the usual step, made quick
+            positions = cache.lengths[0] + lone.tree.topology.depth
+            return _Columns(lone.tree.tokens[None], positions[None], None, 0, len(lone.tree))
         width_p = max(pending)
         width_n = max(len(p.tree) if p and p.tree else 0 for p in asked)
         width_q = max(len(p.probes) if p and p.probes else 0 for p in asked)
@@ -358,7 +361,8 @@ class Target:
         if "position_ids" in self.inputs:
             inputs["position_ids"] = positions
         if self.capability.tier == "tree":
-            inputs["attention_mask"] = self._mask(cache, block, positions, earlier)
+            if not self._is_causal(cache, block):
+                inputs["attention_mask"] = self._mask(cache, block, positions, earlier)
         else:
             inputs["attention_mask"] = torch.ones(1, cache.width + columns, dtype=torch.long, device=self.device)
         if "logits_to_keep" in self.inputs:
@@ -369,6 +373,13 @@ class Target:
             logits = self.model(**inputs).logits[:, keep]
         cache.advance(columns)
         return logits
+
+    def _is_causal(self, cache: TreeCache, block: torch.Tensor) -> bool:
+        """One row with one column, or a text's start as a chain: the model's own mask is right, and cheaper."""
+        rows, columns, seen = block.shape
+        if rows > 1 or seen > columns:
+            return False
+        return columns == 1 or (cache.width == 0 and bool(block.equal(block.new_ones(block.shape).tril_())))
 
     def _mask(
         self, cache: TreeCache, block: torch.Tensor, positions: torch.Tensor, earlier: torch.Tensor | None

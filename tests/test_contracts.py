@@ -207,7 +207,7 @@ def test_an_unknown_name_suggests_the_right_one(wrong: str, right: str):
 
 
 def test_an_unknown_option_names_it():
-    with pytest.raises(UsageError, match="prompt-lookup.*'sise'"):
+    with pytest.raises(UsageError, match=r"prompt-lookup.*'sise'"):
         Decoder(tiny_llama(), "prompt-lookup", sise=3)
 
 
@@ -228,7 +228,7 @@ def test_the_template_is_a_drafter_that_another_package_could_ship(monkeypatch: 
 def test_nan_logits_are_one_clear_error(sampling: bool):
     decoder = Decoder(tiny_llama())
     decoder.model.lm_head.weight.data[5] = float("nan")  # weights that go bad after the self-test
-    with pytest.raises(ValueError, match="largest logit is nan.*float32"):
+    with pytest.raises(ValueError, match=r"largest logit is nan.*float32"):
         decoder.generate(IDS, do_sample=sampling, max_new_tokens=4)
 
 

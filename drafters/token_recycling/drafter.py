@@ -32,7 +32,7 @@ class TokenRecycling(Drafter):
     The table lives as long as this object and is shared by all its requests and rows.
 
     Args:
-        size: nodes of the static tree, root included; None: 81 (as published) on a GPU, 12 on a CPU, where every
+        size: nodes of the static tree, root included; None: 81 (as published) on a GPU, 8 on a CPU, where every
             extra column costs time.
         k: successors kept per token.
         update_on_prompt: learn from prompt positions too (the published code does not).
