@@ -33,8 +33,9 @@ slow: .venv/.ready  ## the proofs that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
 results: .venv/.ready  ## the README's figures: all 48 prompts, into bench/results (leave the machine alone meanwhile)
-	$(BIN)/specdec bench tiny --prompts embedded --temperature 0,1 --repeats 2 --out $(RESULTS)
-	$(BIN)/python -m specdec.bench.readme $(RESULTS)/results.md README.md
+	$(BIN)/specdec bench tiny --prompts embedded --temperature 0 --repeats 2 --out $(RESULTS)/greedy
+	$(BIN)/specdec bench tiny --prompts embedded --temperature 1 --repeats 2 --out $(RESULTS)/sampled
+	$(BIN)/python -m specdec.bench.readme README.md $(RESULTS)/greedy/results.md $(RESULTS)/sampled/results.md
 
 docs: .venv/.ready  ## regenerate docs/families.md from its test
 	SPECDEC_WRITE_DOCS=1 $(BIN)/pytest tests/test_families.py

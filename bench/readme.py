@@ -1,6 +1,6 @@
 """Puts the measured tables into README.md, so that README and results cannot differ.
 
-python -m specdec.bench.readme bench/results/results.md README.md
+python -m specdec.bench.readme README.md RESULTS.md...
 """
 
 from __future__ import annotations
@@ -18,5 +18,6 @@ def insert(readme: str, results: str) -> str:
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    target.write_text(insert(target.read_text(encoding="utf-8"), source.read_text(encoding="utf-8")), encoding="utf-8")
+    target, *sources = map(Path, sys.argv[1:])
+    results = "\n".join(source.read_text(encoding="utf-8") for source in sources)
+    target.write_text(insert(target.read_text(encoding="utf-8"), results), encoding="utf-8")

@@ -34,6 +34,7 @@ from transformers.generation import (
 
 from specdec import Decoder, Drafter
 from specdec.drafters.draft_model import DraftModel
+from specdec.drafters.token_recycling import TokenRecycling
 from specdec.errors import CompatibilityError, UsageError
 
 NEW = 24
@@ -77,7 +78,7 @@ def check(inputs: dict, fresh: Callable[[], dict] = dict, **settings) -> None:
     """Drafters that accept and reject give ``generate()``'s sequences; ``fresh`` makes settings that keep state."""
     settings = {"max_new_tokens": NEW, **settings}
     want = model().generate(**inputs, **settings, **fresh())
-    drafters: list[Drafter | str] = [knowing(inputs, **settings, **fresh()), DraftModel(model()), "token-recycling"]
+    drafters = [knowing(inputs, **settings, **fresh()), DraftModel(model()), TokenRecycling(size=81)]
     for drafter in drafters:
         decoder = Decoder(model(), drafter)
         got = decoder.generate(**inputs, **settings, **fresh())
