@@ -32,7 +32,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from specdec import Decoder, Drafter
+from specdec import Decoder
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.token_recycling import TokenRecycling
 from specdec.errors import CompatibilityError, UsageError
