@@ -277,7 +277,10 @@ def test_an_interrupted_bench_writes_what_it_has_and_says_so(
 def test_control_c_ends_a_real_run_with_130_and_json(checkpoint: str, prompts: str):
     command = [*SPECDEC, "bench", checkpoint, "--drafters", "none", "--baselines", "hf-generate",
                "--prompts", prompts, "--repeats", "2000", "--max-new-tokens", "8", "--json"]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ()) as process:
+    pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environ()}
+    # a test run that was started in the background has Ctrl-C ignored, and children inherit that
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with subprocess.Popen(command, preexec_fn=heard, **pipes) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("1/"):  # the first timed call is done
