@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from numba import njit
 
 from specdec.contracts import Drafter
 from specdec.errors import UsageError
+from specdec.jit import njit
 from specdec.state import DecodeState
 from specdec.tree import DraftTree, Proposal
 
 
-@njit(cache=True)
+@njit
 def find_copy(tokens: np.ndarray, max_n: int, min_n: int, copy: int, latest: bool) -> np.ndarray:
     """Tokens that followed an earlier occurrence of the longest suffix of at most ``max_n`` tokens.
 

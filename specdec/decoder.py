@@ -31,7 +31,7 @@ class Decoder(GenerateSurface):
         model: any decoder-only Hugging Face causal LM, in eval mode.
         drafter: a name (``specdec list``) or a ``Drafter``.
         verifier: a name or a ``Verifier``.
-        tokenizer: only needed for ``stop_strings``.
+        tokenizer: only needed for ``stop_strings``, and to save or load tables.
         prefill_chunk: prompt tokens per forward.
         options: passed to the named drafter.
 
@@ -64,7 +64,7 @@ class Decoder(GenerateSurface):
         self.verifier = registry.verifier(verifier) if isinstance(verifier, str) else verifier
         self.tokenizer = tokenizer
         self.prefill_chunk = prefill_chunk
-        self.target = Target(model)
+        self.target = Target(model, tokenizer=tokenizer)
         self.target.bind(self.drafter.needs | self.verifier.needs, self.drafter.wishes)
         self.drafter.bind(self.target)
         self.verifier.bind(self.target)

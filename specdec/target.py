@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,14 @@ class StepOutput:
     probes: list[int]
     bases: list[int]
     kept: list[list[int]] | None = None
+    _top: np.ndarray | None = field(default=None, init=False, repr=False)
+
+    def top(self, k: int) -> np.ndarray:
+        """int64 [B, N, k], the k likeliest tokens after each node, likeliest first, on the host (read once)."""
+        k = min(k, self.logits.shape[-1])
+        if self._top is None or self._top.shape[-1] < k:
+            self._top = self.logits.topk(k, dim=-1).indices.cpu().numpy()
+        return self._top[..., :k]
 
     def node_hidden(self, tap: Tap, row: int, node: int) -> torch.Tensor:
         """Hidden state [d] of one node."""
@@ -80,6 +88,7 @@ class Target:
     Args:
         model: in eval mode.
         needs: hidden states to tap and layers to hook.
+        tokenizer: the model's, for drafters that keep files of token ids.
 
     Attributes:
         capability: tier ("tree", "chain", "none") and the reason.
@@ -92,10 +101,10 @@ class Target:
         UsageError: the model is in training mode.
     """
 
-    def __init__(self, model: PreTrainedModel, needs: Needs = NOTHING):
+    def __init__(self, model: PreTrainedModel, needs: Needs = NOTHING, tokenizer: Any = None):
         if model.training:
             raise UsageError("model is in training mode, dropout would change its text; call model.eval() first")
-        self.model = model
+        self.model, self.tokenizer = model, tokenizer
         self.config = text_config(model)
         self.vocab_size: int = self.config.vocab_size
         # the caller's tokens go to the embedding; with a device map it may be elsewhere than model.device
@@ -134,6 +143,11 @@ class Target:
     @contextmanager
     def session(self) -> Iterator[None]:
         """Decode inside this: attention that takes tree masks, restored afterwards."""
+        if self.config.vocab_size != self.vocab_size:
+            raise UsageError(
+                f"model: its vocabulary changed from {self.vocab_size} to {self.config.vocab_size} tokens after it was "
+                "wrapped; make a new Decoder"
+            )
         if self.attention != self._own_attention:
             self.model.set_attn_implementation(self.attention)
         try:

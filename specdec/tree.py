@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from specdec.errors import UsageError
+from specdec.jit import njit
 
 
 class Law(IntEnum):
@@ -30,6 +31,23 @@ class Law(IntEnum):
     WOR = 2
 
 
+@njit
+def _shape(parents: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Depths [N], ancestors [N, N], and the first node whose parent does not precede it (0: there is none)."""
+    n = len(parents)
+    depth = np.zeros(n, dtype=np.int64)
+    ancestors = np.zeros((n, n), dtype=np.bool_)
+    ancestors[0, 0] = True
+    for i in range(1, n):
+        parent = parents[i]
+        if not 0 <= parent < i:
+            return depth, ancestors, i
+        depth[i] = depth[parent] + 1
+        ancestors[i, : parent + 1] = ancestors[parent, : parent + 1]
+        ancestors[i, i] = True
+    return depth, ancestors, 0
+
+
 class Topology:
     """The immutable shape of a draft tree.
 
@@ -38,28 +56,18 @@ class Topology:
     Attributes:
         parents: N ints, ``parents[0] == -1``.
         depth: int64 [N], ``depth[0] == 0``.
-        children: N tuples of node numbers in trial order.
         ancestors: bool [N, N], ``ancestors[i, j]`` when j is i or an ancestor of i.
     """
 
-    def __init__(self, parents: Sequence[int]):
-        self.parents = tuple(int(p) for p in parents)
+    def __init__(self, parents: Sequence[int] | np.ndarray):
+        above = np.array(parents, dtype=np.int64)
+        self.parents: tuple[int, ...] = tuple(above.tolist())
         if not self.parents or self.parents[0] != -1:
             raise UsageError(f"parents must start with -1 (the root), got {self.parents[:3]}")
-        n = len(self.parents)
-        depth = np.zeros(n, dtype=np.int64)
-        ancestors = np.eye(n, dtype=bool)
-        children: list[list[int]] = [[] for _ in range(n)]
-        for i, parent in enumerate(self.parents[1:], start=1):
-            if not 0 <= parent < i:
-                raise UsageError(f"parents[{i}] = {parent} must name an earlier node (0..{i - 1})")
-            depth[i] = depth[parent] + 1
-            ancestors[i] |= ancestors[parent]
-            children[parent].append(i)
-        self.depth = depth
-        self.ancestors = ancestors
-        self.children = tuple(tuple(c) for c in children)
-        self.max_depth = int(depth.max())
+        self.depth, self.ancestors, wrong = _shape(above)
+        if wrong:
+            raise UsageError(f"parents[{wrong}] = {above[wrong]} must name an earlier node (0..{wrong - 1})")
+        self.max_depth = int(self.depth.max())
         self._on_device: dict[torch.device, torch.Tensor] = {}
 
     def __len__(self) -> int:
@@ -79,6 +87,14 @@ class Topology:
         if device not in self._on_device:
             self._on_device[device] = torch.from_numpy(self.ancestors).to(device)
         return self._on_device[device]
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """Per node its children in trial order."""
+        children: list[list[int]] = [[] for _ in self.parents]
+        for i, parent in enumerate(self.parents[1:], start=1):
+            children[parent].append(i)
+        return tuple(map(tuple, children))
 
     @cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:
@@ -129,6 +145,8 @@ class DraftTree:
         law: ``Law`` per node, int8 [N]; None when every node is POINT.
         q_row: int64 [N], the row of ``q`` a sampled node was drawn from (ignored for POINT).
         q: float32 [R, V], probabilities ACTUALLY sampled from, after the drafter's own processing.
+        prior: float32 [N], the drafter's guess of the chance that a node is accepted once its parent is; None if it
+            has none. It steers budgets and never the law.
 
     Raises:
         UsageError: sampled nodes without q, or arrays that do not fit the topology.
@@ -139,6 +157,7 @@ class DraftTree:
     law: np.ndarray | None = None
     q_row: np.ndarray | None = None
     q: torch.Tensor | None = None
+    prior: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.topology)
@@ -170,7 +189,8 @@ class DraftTree:
         pick = np.array(nodes)
         law = None if self.law is None else self.law[pick]
         q_row = None if self.q_row is None else self.q_row[pick]
-        return DraftTree(Topology(parents), self.tokens[pick], law, q_row, self.q)
+        prior = None if self.prior is None else self.prior[pick]
+        return DraftTree(Topology(parents), self.tokens[pick], law, q_row, self.q, prior)
 
     def drawn(self) -> DraftTree:
         """Without nodes of probability 0 under their q: a support smaller than the number of children asked for.

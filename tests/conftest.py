@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -22,6 +23,9 @@ from specdec.state import DecodeState
 from specdec.tree import DraftTree, Proposal, Topology
 
 logging.set_verbosity_error()
+# the first example may wait for a compiler
+settings.register_profile("specdec", deadline=None)
+settings.load_profile("specdec")
 # models this small gain nothing from a second thread, and workers of xdist share the cores
 torch.set_num_threads(1)
 

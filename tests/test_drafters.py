@@ -114,11 +114,11 @@ class TestTokenRecycling:
         table = AdjacencyTable(10, 2)
         table.update(np.array([1, 2]), np.array([[2, 3], [4, 1]]))
         parents, ranks = np.array([-1, 0, 0, 1, 1, 3]), np.array([0, 0, 1, 0, 1, 0])
-        got_parents, tokens = table.fill(1, parents, ranks, NO_ENDS)
+        got_parents, tokens, _ = table.fill_tree(1, parents, ranks, NO_ENDS)
         assert tokens.tolist() == [1, 2, 3, 4, 1], "4 and 3 were never seen, so nothing hangs below them"
         assert got_parents.tolist() == [-1, 0, 0, 1, 1]
-        assert table.fill(1, parents, ranks, np.array([2]))[1].tolist() == [1, 2, 3]
-        assert table.fill(9, parents, ranks, NO_ENDS)[1].tolist() == [9]
+        assert table.fill_tree(1, parents, ranks, np.array([2]))[1].tolist() == [1, 2, 3]
+        assert table.fill_tree(9, parents, ranks, NO_ENDS)[1].tolist() == [9]
 
     def test_where_tokens_repeat_the_last_write_wins(self):
         table = AdjacencyTable(10, 2)
