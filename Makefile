@@ -4,7 +4,7 @@ BIN := .venv/bin
 RESULTS := bench/results
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint format slow results docs tables clean
+.PHONY: demo test lint format slow results docs tables gpu clean
 
 # torch comes first and exactly, so that no other package pulls in another build of it
 .venv/.ready: pyproject.toml constraints.txt
@@ -42,6 +42,10 @@ docs: .venv/.ready  ## regenerate docs/families.md from its test
 
 tables: .venv/.ready  ## measure RANK_ACCEPTANCE of drafters/token_recycling/trees.py (needs the shared data)
 	$(BIN)/python -m specdec.bench.rank_acceptance --data ../shared/data
+
+gpu: .venv/.ready  ## the tree attention kernel on this machine's GPU: GPU tests, then error and speed beside sdpa and flex
+	$(BIN)/pytest -m gpu
+	$(BIN)/python -m specdec.bench.gpu --out $(RESULTS)/gpu
 
 clean:
 	rm -rf .venv build dist *.egg-info

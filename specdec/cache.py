@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from specdec.tree_attention.compact import compact
+
 
 class TreeLayer(CacheLayerMixin):
     """Keys and values of one layer, [B, H, capacity, D], of which ``width`` columns are valid."""
@@ -58,6 +60,10 @@ class TreeLayer(CacheLayerMixin):
         self._v[:, :, start:end] = value_states
         self.resize(end)
         return self.keys, self.values
+
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        """Keys and values [B, H, capacity, D]; nothing for a layer that shares another layer's keys."""
+        return (self._k, self._v) if self.is_initialized else ()
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy columns ``source`` int64 [B, K] of every row to columns ``target`` [B, K]."""
@@ -143,9 +149,10 @@ class TreeCache(Cache):
         if longest:
             # rows with fewer moves repeat one of theirs: one gather and one scatter serve all rows
             padded = [m + (m[-1:] or [(0, 0)]) * (longest - len(m)) for m in moves]
-            pairs = torch.tensor(padded)  # [B, K, 2]
-            for layer in self.layers:
-                layer.move(pairs[..., 0], pairs[..., 1])
+            if not compact([t for layer in self.layers for t in layer.buffers()], padded):
+                pairs = torch.tensor(padded)  # [B, K, 2]
+                for layer in self.layers:
+                    layer.move(pairs[..., 0], pairs[..., 1])
         self.lengths = [length + len(columns) for length, columns in zip(self.lengths, kept, strict=True)]
         self.crop_to(max(self.lengths))
 

@@ -6,13 +6,14 @@ forwarded over a cached prefix and compared with plain forwards of each path.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
 from specdec.tree import DraftTree, Proposal, Topology
+from specdec.tree_attention.registration import supported
 
 if TYPE_CHECKING:
     from specdec.target import Target
@@ -32,10 +33,12 @@ class Capability:
     Attributes:
         tier: "tree" (any draft), "chain" (one candidate per depth), "none" (cannot be decoded here).
         reason: one sentence.
+        stock: why steps run on stock attention; None when they run on the tree attention kernel.
     """
 
     tier: Literal["tree", "chain", "none"]
     reason: str
+    stock: str | None = "only tree-capable models use the kernel"
 
 
 def detect(target: Target) -> Capability:
@@ -65,7 +68,8 @@ def detect(target: Target) -> Capability:
     if slots is None and "position_ids" in target.inputs:
         problem = _try(target, Topology([-1, 0, 0]), [11, 12, 13], want[[0, 1, 3]], tolerance)
         if problem is None:
-            return Capability("tree", "a tree over a cached prefix gives the logits of each path")
+            tree = Capability("tree", "a tree over a cached prefix gives the logits of each path", stock=None)
+            return replace(tree, stock=_kernel(target, tree, want[[0, 1, 3]], tolerance))
     else:
         problem = slots or "its forward takes no position_ids, so siblings cannot share a position"
     if problem is not None and _WINDOWED & set(target.layer_kinds):
@@ -76,6 +80,18 @@ def detect(target: Target) -> Capability:
     if failure is None:
         return Capability("chain", f"chains only: {problem}")
     return Capability("none", f"not even a chain over a cached prefix is exact: {failure}")
+
+
+def _kernel(target: Target, tree: Capability, want: torch.Tensor, tolerance: float) -> str | None:
+    """Why steps do not run on the tree attention kernel; None when they do, tried with the model's own forward."""
+    reason = supported(target.model, target.device, target.model.dtype)
+    if reason is not None:
+        return reason
+    target.capability = tree
+    problem = _try(target, Topology([-1, 0, 0]), [11, 12, 13], want, tolerance)
+    if problem == "its logits are off by nan":  # what a StepMask read as numbers gives
+        return "its attention does not take registered functions, or changes the mask on the way"
+    return problem
 
 
 def _ids(target: Target, tokens: list[int]) -> list[int]:

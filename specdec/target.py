@@ -23,7 +23,10 @@ from specdec.capability import Capability, detect
 from specdec.errors import CompatibilityError, UsageError
 from specdec.structure import NOTHING, Head, Needs, ProbeColumns, Tap, Taps, text_config
 from specdec.tree import Proposal
+from specdec.tree_attention.config import MAX_COLUMNS
 from specdec.tree_attention.masks import additive, step_mask
+from specdec.tree_attention.registration import NAMES
+from specdec.tree_attention.step import Step, StepMask
 
 
 @dataclass
@@ -91,7 +94,8 @@ class Target:
         tokenizer: the model's, for drafters that keep files of token ids.
 
     Attributes:
-        capability: tier ("tree", "chain", "none") and the reason.
+        capability: tier ("tree", "chain", "none") and the reason, and whether steps run on the kernel.
+        attention: what runs them otherwise, "sdpa" or "eager"; it takes the prompt's long steps in any case.
         lengths: committed columns per row.
         row_ids: the caller's names of the rows in the cache, in order.
         forwards: target forwards run by ``step``, and ``scratch_forwards`` by ``forward``.
@@ -140,6 +144,11 @@ class Target:
         self.attention = implementation if implementation in ("sdpa", "eager") else fallback
         self._own_attention = implementation
 
+    @property
+    def uses_kernel(self) -> bool:
+        """Steps of up to ``MAX_COLUMNS`` columns run on the tree attention kernel."""
+        return self.capability.tier == "tree" and self.capability.stock is None
+
     @contextmanager
     def session(self) -> Iterator[None]:
         """Decode inside this: attention that takes tree masks, restored afterwards."""
@@ -148,13 +157,14 @@ class Target:
                 f"model: its vocabulary changed from {self.vocab_size} to {self.config.vocab_size} tokens after it was "
                 "wrapped; make a new Decoder"
             )
-        if self.attention != self._own_attention:
-            self.model.set_attn_implementation(self.attention)
+        wanted = NAMES[self.attention] if self.uses_kernel else self.attention
+        if wanted != self._own_attention:
+            self.model.set_attn_implementation(wanted)
         try:
             with torch.inference_mode():
                 yield
         finally:
-            if self.attention != self._own_attention:
+            if wanted != self._own_attention:
                 self.model.set_attn_implementation(self._own_attention)
             self.caches = []
 
@@ -375,7 +385,7 @@ class Target:
         if "position_ids" in self.inputs:
             inputs["position_ids"] = positions
         if self.capability.tier == "tree":
-            if not self._is_causal(cache, block):
+            if (self.uses_kernel and columns <= MAX_COLUMNS) or not self._is_causal(cache, block):
                 inputs["attention_mask"] = self._mask(cache, block, positions, earlier)
         else:
             inputs["attention_mask"] = torch.ones(1, cache.width + columns, dtype=torch.long, device=self.device)
@@ -403,6 +413,8 @@ class Target:
         def of_kind(kind: str) -> torch.Tensor:
             window = self.config.sliding_window if kind == "sliding_attention" else None
             chunk = self.config.attention_chunk_size if kind == "chunked_attention" else None
+            if self.uses_kernel and block.shape[1] <= MAX_COLUMNS:
+                return StepMask.of(Step.build(cache.lengths, base, block, positions, window, chunk, earlier))
             mask = step_mask(cache.lengths, base, block, positions, window, chunk, earlier)
             return mask if self.attention == "sdpa" else additive(mask, self.model.dtype)
 

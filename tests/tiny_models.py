@@ -8,6 +8,8 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -45,3 +47,13 @@ def tiny_gemma2(vocab_size: int = 64, seed: int = 0, window: int = 8, **changes:
     torch.manual_seed(seed)
     shape = {**_SHAPE, "head_dim": 8, **changes}
     return Gemma2ForCausalLM(Gemma2Config(vocab_size=vocab_size, sliding_window=window, **shape)).eval()
+
+
+def tiny_gpt_oss(vocab_size: int = 64, seed: int = 0, window: int = 8, **changes: Any) -> GptOssForCausalLM:
+    """Sliding and full layers in turn, a learned sink per attention head, experts."""
+    torch.manual_seed(seed)
+    shape = {**_SHAPE, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, **changes}
+    model = GptOssForCausalLM(GptOssConfig(vocab_size=vocab_size, sliding_window=window, **shape)).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    return model

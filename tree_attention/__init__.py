@@ -1,1 +1,1 @@
-"""Attention over a committed prefix plus a draft tree: masks for transformers' stock attention."""
+"""Attention over a committed prefix plus a draft tree: masks for stock attention, and kernels for GPUs."""

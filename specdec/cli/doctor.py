@@ -44,7 +44,8 @@ def doctor(
             report |= {"tier": "none", "reason": str(error)}
         else:
             report |= {"tier": target.capability.tier, "reason": target.capability.reason}
-            report |= {"tree_attention": target.attention}
+            report |= {"tree_attention": "kernel" if target.uses_kernel else target.attention}
+            report |= {"kernel": target.capability.stock or "used"}
             report |= measure(target, prefix, seconds)
         report["environment"] = environment(loaded, model)
         if json_:
@@ -111,6 +112,7 @@ def _show(report: dict[str, Any]) -> None:
         ("tier", f"{report['tier']}: {report['reason']}"),
         ("dtype", e["dtype"]),
         ("attention", e["attention"] + (f", trees: {report['tree_attention']}" if "tree_attention" in report else "")),
+        ("kernel", report.get("kernel", "not used")),
         ("context", report["context"] or "no stated limit"),
         ("device", f"{e['gpu'] or e['cpu']}, {e['torch_threads']} threads"),
     )
