@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from specdec import Decoder, Drafter, Target
 from specdec.drafters.draft_model import DraftModel
+from specdec.drafters.hybrid import Hybrid
 from specdec.drafters.token_recycling import TokenRecycling
 from specdec.errors import CompatibilityError
 
@@ -75,16 +76,17 @@ def drafters(model: PreTrainedModel, tier: str) -> dict[str, Drafter | str]:
     noisy = noisy_copy(model, 0.1)
     either: dict[str, Drafter | str] = {
         "none": "none",
-        "prompt-lookup": "prompt-lookup",
         "token-recycling": TokenRecycling(size=24),
+        "hybrid of all tables": Hybrid(["suffix", "aded", "prompt-lookup", "token-recycling"], size=24, min_prob=0.0),
         "draft-model, chain": DraftModel(noisy, length=4),
         "draft-model of another family, tree": DraftModel(stranger(), branching=(2, 2, 1)),
         "draft-model, itself": DraftModel(model, length=4),
     }
     if tier == "chain":
         return either
-    # a chain-tier model cannot grow trees as a draft either
+    # a chain-tier model takes no probes, and cannot grow trees as a draft either
     return either | {
+        "lookahead": "lookahead",
         "draft-model, tree": DraftModel(noisy, branching=(2, 2, 1)),
         "draft-model, itself as a tree": DraftModel(model, branching=(2, 2, 1)),
     }
