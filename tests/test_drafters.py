@@ -11,7 +11,6 @@ from tiny_models import tiny_llama
 
 from specdec import Decoder
 from specdec.drafters.draft_model import DraftModel
-from specdec.drafters.prompt_lookup import find_copy
 from specdec.drafters.token_recycling import TokenRecycling
 from specdec.drafters.token_recycling.table import AdjacencyTable
 from specdec.drafters.token_recycling.trees import template
@@ -19,77 +18,6 @@ from specdec.errors import CompatibilityError, UsageError
 from specdec.tree import Topology
 
 NO_ENDS = np.array([], dtype=np.int64)
-
-
-def copy(tokens, max_n=3, min_n=1, k=4, latest=True) -> list[int]:
-    return find_copy(np.array(tokens, dtype=np.int64), max_n, min_n, k, latest).tolist()
-
-
-class TestPromptLookup:
-    def test_the_longest_suffix_wins_over_a_later_shorter_one(self):
-        assert copy([1, 2, 3, 9, 9, 3, 8, 1, 2, 3], k=2) == [9, 9]
-
-    def test_the_latest_occurrence_is_copied(self):
-        assert copy([1, 2, 7, 1, 2, 8, 1, 2], k=1) == [8]
-        assert copy([1, 2, 7, 1, 2, 8, 1, 2], k=1, latest=False) == [7]
-
-    def test_a_copy_that_reaches_the_end_goes_round(self):
-        assert copy([5, 6, 5, 6], k=5) == [5, 6, 5, 6, 5]
-        assert copy([7, 7, 7], k=3) == [7, 7, 7]
-
-    def test_the_published_rule_wants_a_full_copy(self):
-        assert copy([5, 6, 5, 6], k=3, latest=False) == []
-
-    def test_no_match_and_short_texts_draft_nothing(self):
-        assert copy([1, 2, 3]) == []
-        assert copy([1]) == []
-        assert copy([1, 2, 1], min_n=2) == []
-
-    @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(1, 3), st.integers(1, 6))
-    def test_leftmost_is_the_published_algorithm(self, tokens: list[int], max_n: int, k: int):
-        """A literal transcription of the published rule."""
-
-        def published() -> list[int]:
-            n = len(tokens)
-            for size in range(max_n, 0, -1):
-                for i in range(n - size + 1):
-                    start = i + size
-                    if tokens[i:start] == tokens[n - size :] and start + k <= n and start < n - size:
-                        return tokens[start : start + k]
-            return []
-
-        assert copy(tokens, max_n, 1, k, latest=False) == published()
-
-    @given(st.lists(st.integers(0, 3), min_size=2, max_size=40), st.integers(1, 6))
-    def test_latest_continues_an_earlier_occurrence(self, tokens: list[int], k: int):
-        drafted = copy(tokens, 2, 1, k)
-        if not drafted:
-            assert tokens[-1] not in tokens[:-1]
-            return
-        # some earlier end e explains the copy, with the drafted tokens themselves as its continuation
-        whole = tokens + drafted
-        n = len(tokens)
-        assert any(tokens[e - 1] == tokens[-1] and whole[e : e + k] == drafted for e in range(1, n))
-
-    def test_periodic_text_reaches_the_draft_limit(self):
-        decoder = Decoder(tiny_llama(), "prompt-lookup", copy=6)
-        ids = torch.tensor([[5, 9, 33]])
-        model_text = decoder.generate(ids, do_sample=False, max_new_tokens=200)
-        assert decoder.stats.mat > 1.5, "a random model loops, and lookup must see it"
-        assert torch.equal(model_text, decoder.model.generate(ids, do_sample=False, max_new_tokens=200))
-
-    def test_drafts_end_at_an_end_token(self):
-        decoder = Decoder(tiny_llama(), "prompt-lookup", min_ngram=1)
-        steps = []
-        original = decoder.drafter.propose
-        decoder.drafter.propose = lambda state: steps.append(original(state)) or steps[-1]
-        decoder.generate(torch.tensor([[5, 4, 6, 5]]), do_sample=False, max_new_tokens=3, eos_token_id=[4, 63])
-        assert steps[0][0].tree.tokens.tolist() == [5, 4]
-
-    @pytest.mark.parametrize("options", [{"min_ngram": 4}, {"copy": 0}, {"pick": "first"}])
-    def test_bad_options_are_refused(self, options):
-        with pytest.raises(UsageError, match=next(iter(options))):
-            Decoder(tiny_llama(), "prompt-lookup", **options)
 
 
 class TestTokenRecycling:
@@ -119,6 +47,21 @@ class TestTokenRecycling:
         assert got_parents.tolist() == [-1, 0, 0, 1, 1]
         assert table.fill_tree(1, parents, ranks, np.array([2]))[1].tolist() == [1, 2, 3]
         assert table.fill_tree(9, parents, ranks, NO_ENDS)[1].tolist() == [9]
+        table.count(np.array([2, 7, 2]))
+        got_parents, tokens, got_ranks = table.fill_tree(9, parents, ranks, NO_ENDS)
+        assert tokens.tolist() == [9, 2, 7, 4, 1], "the commonest tokens stand in below a root never met"
+        assert (got_parents.tolist(), got_ranks.tolist()) == ([-1, 0, 0, 1, 1], [0, 2, 2, 0, 1])
+
+    @given(st.lists(st.lists(st.integers(0, 7), max_size=6), max_size=12))
+    def test_the_commonest_tokens_are_those_of_the_largest_counts(self, texts: list[list[int]]):
+        table = AdjacencyTable(8, 3)
+        for text in texts:
+            table.count(np.array(text, dtype=np.int64))
+        counts = np.bincount([t for text in texts for t in text], minlength=8)
+        common = [t for t in table.common.tolist() if t >= 0]
+        assert table.counts.tolist() == counts.tolist()
+        assert counts[common].tolist() == [c for c in sorted(counts.tolist(), reverse=True)[:3] if c]
+        assert len(set(common)) == len(common)
 
     def test_where_tokens_repeat_the_last_write_wins(self):
         table = AdjacencyTable(10, 2)
