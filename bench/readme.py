@@ -19,5 +19,7 @@ def insert(readme: str, results: str) -> str:
 
 if __name__ == "__main__":
     target, *sources = map(Path, sys.argv[1:])
-    results = "\n".join(source.read_text(encoding="utf-8") for source in sources)
+    # what all tables explain alike is explained once
+    paragraphs = [p.strip() for source in sources for p in source.read_text(encoding="utf-8").split("\n\n")]
+    results = "\n\n".join(dict.fromkeys(filter(None, paragraphs)))
     target.write_text(insert(target.read_text(encoding="utf-8"), results), encoding="utf-8")

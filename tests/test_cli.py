@@ -21,6 +21,7 @@ from specdec import registry
 from specdec.bench import harness
 from specdec.bench.arms import DecoderArm
 from specdec.cli import app, common
+from specdec.cli.bench import DRAFTERS
 from specdec.cli.streaming import TextStream
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -191,11 +192,14 @@ def test_bench_prints_json_alone_whatever_transformers_says(checkpoint: str, dra
         "none",
         "prompt-lookup",
         "token-recycling",
+        "aded",
+        "suffix",
+        "hybrid",
         "draft-model",
     ]
     assert [(r["temperature"], r["name"]) for r in report["rows"]] == [(t, n) for t in (0.0, 1.0) for n in names]
     assert all(set(row) >= ROW for row in report["rows"])
-    greedy, sampled = report["rows"][:7], report["rows"][7:]
+    greedy, sampled = report["rows"][:10], report["rows"][10:]
     assert all(row["equal"] is True and row["lossless"] for row in greedy)
     assert all(row["equal"] is None for row in sampled)
     assert greedy[0]["speedup"] == 1.0
@@ -204,7 +208,7 @@ def test_bench_prints_json_alone_whatever_transformers_says(checkpoint: str, dra
     assert report["environment"]["model"] == checkpoint
     assert "speed-up" in done.stderr  # the table went there
     assert json.loads((tmp_path / "results.json").read_text()) == report
-    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 2 * 3 * 7
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 2 * 3 * 10
 
 
 def test_what_others_print_does_not_reach_the_json(checkpoint: str, monkeypatch):
@@ -234,7 +238,7 @@ def test_what_cannot_run_is_left_out_with_a_note_unless_it_was_named(checkpoint:
     arguments = ["bench", checkpoint, "--prompts", prompts, "--max-new-tokens", "4", "--json", "--batch-size", "2"]
     result = run(*arguments, "--repeats", "2")
     report = json.loads(result.stdout)
-    assert [row["name"] for row in report["rows"]] == ["hf-generate", "none", "prompt-lookup", "token-recycling"]
+    assert [row["name"] for row in report["rows"]] == ["hf-generate", *DRAFTERS[:-1]]
     assert all(row["equal"] and row["prompts"] == 3 for row in report["rows"])
     left_out = " ".join(report["notes"])
     assert all(name in left_out for name in ("draft-model", "hf-prompt-lookup", "hf-assisted"))
@@ -329,11 +333,12 @@ def test_settings_become_options_of_the_right_kind():
     (draft,) = common.choose({"draft-model": "draft-model"}, ["draft-model.branching=3"], "--drafters")
     assert draft.options == {"branching": [3]}
     for name in ("12", "a,b.safetensors"):
-        fails("generate", "--prompt", "a", "--set", f"token-recycling.table={name}", says=(repr(name), "no such file"))
+        fails(*GENERATE[:1], *GENERATE[2:], f"token-recycling.table={name}", says=(repr(name), "no such file"))
 
 
 def test_generate_uses_the_settings(checkpoint: str):
     arguments = ["generate", checkpoint, "--prompt", "aaaa aaaa", "--max-new-tokens", "40", "--json"]
+    arguments += ["--drafter", "token-recycling"]
     usual, root = (json.loads(run(*arguments, *more).stdout) for more in ([], ["--set", "token-recycling.size=1"]))
     assert usual["ids"] == root["ids"]
     assert usual["stats"]["mat"] > 1.0 == root["stats"]["mat"]  # a tree of one node drafts nothing
@@ -423,7 +428,8 @@ def fails(*args: str, says: str | tuple[str, ...]) -> None:
         assert part in line, line
 
 
-GENERATE = ["generate", "/no/such/model", "--prompt", "a", "--set"]  # mistakes show before a model is looked for
+# mistakes show before a model is looked for
+GENERATE = ["generate", "/no/such/model", "--drafter", "token-recycling", "--prompt", "a", "--set"]
 
 
 @pytest.mark.parametrize(("args", "says"), [

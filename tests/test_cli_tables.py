@@ -86,6 +86,7 @@ def test_a_built_table_serves_generate_and_bench(checkpoint: str, corpus: Path, 
     assert "documents 3 tokens" in " ".join(result.stdout.split())
 
     arguments = ["generate", checkpoint, "--prompt", "Once upon a", "--max-new-tokens", "12", "--json"]
+    arguments += ["--drafter", "token-recycling"]
     plain, served = (
         json.loads(run(*arguments, *more).stdout) for more in ([], ["--set", f"token-recycling.table={out}"])
     )

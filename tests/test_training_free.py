@@ -16,6 +16,7 @@ from tiny_models import tiny_gemma2, tiny_llama, tiny_mistral
 from transformers import BloomConfig, BloomForCausalLM
 
 from specdec import Decoder, registry
+from specdec.bench.tables import growth
 from specdec.errors import CompatibilityError, UsageError
 
 NAMES = [
@@ -206,3 +207,38 @@ print(json.dumps(late))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {}
+
+
+# small enough to be full, and evicting, before memory is looked at
+BOUNDED = {
+    "suffix": {"capacity": 4096},
+    "aded": {"rows": 2048},
+    "hybrid": {
+        "members": lambda: [
+            registry.drafter("suffix", capacity=4096),
+            registry.drafter("aded", rows=2048),
+            registry.drafter("token-recycling"),
+        ]
+    },
+}
+
+
+def check_growth(name: str, steps: int) -> None:
+    options = {k: v() if callable(v) else v for k, v in BOUNDED.get(name, {}).items()}
+    traced, _ = growth(registry.drafter(name, **options), vocab_size=1024, steps=steps, after=3000)
+    # a request in progress may hold a few thousand tokens more than the one at the start did
+    assert traced < 1_000_000, f"{name} holds {traced} bytes more after {steps} further steps"
+
+
+WITHOUT_A_MODEL = [name for name in DRAFTING if not registry.drafter_class(name).needs]
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_MODEL)
+def test_memory_does_not_grow_with_the_steps(name: str):
+    check_growth(name, 2000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITHOUT_A_MODEL)
+def test_memory_does_not_grow_over_many_steps(name: str):
+    check_growth(name, 100_000)

@@ -30,7 +30,7 @@ from specdec.tables.trees import select
 from specdec.target import StepOutput, Target
 from specdec.tree import DraftTree, Proposal, Topology
 
-CPU_SIZE, CUDA_SIZE, PUBLISHED_SIZE = 8, 64, 65  # published: 64 drafted nodes and the root
+CPU_SIZE, CUDA_SIZE, PUBLISHED_SIZE = 12, 64, 65  # published: 64 drafted nodes and the root
 CPU_FLOOR, CUDA_FLOOR = 0.1, 0.01
 # the published update: every triple of the last 16 tokens, at every step
 WINDOW, WINDOW_ADD, WINDOW_CAP = 16, 0.04, 3.0
@@ -52,7 +52,7 @@ class Aded(TableDrafter[TrigramTable]):
     The table holds at most ``rows`` bigrams of 16 successors, see ``TrigramTable``.
 
     Args:
-        size: most nodes, root included; None: 64 on a GPU, 8 on a CPU, where every extra column costs time.
+        size: most nodes, root included; None: 64 on a GPU, 12 on a CPU, where every extra column costs time.
         search: "bestfirst" takes the nodes of the largest product of P; "mcts" is the paper's Monte-Carlo tree search,
             which comes to much the same tree and takes longer.
         depth: deepest node; None: 12, or 4 in "mcts", as published, of which the last is the greedy one.
@@ -239,16 +239,6 @@ class Aded(TableDrafter[TrigramTable]):
             contexts, top[first:].copy(), chances[first:].cpu().numpy().copy(), self._special_here, *self._rule
         )
 
-    def learn(self, tokens: np.ndarray) -> None:
-        """Count the triples of one document.
-
-        Raises:
-            UsageError: a token is not in the target's vocabulary.
-        """
-        tokens = np.ascontiguousarray(tokens, dtype=np.int64)
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._target.vocab_size:
-            raise UsageError(
-                f"tokens: ids {tokens.min()}..{tokens.max()}, the target has {self._target.vocab_size}; "
-                "use the target's own tokenizer"
-            )
+    def learn_document(self, tokens: np.ndarray) -> None:
+        """Count the triples of one document."""
         self.table.count(tokens, self._special)

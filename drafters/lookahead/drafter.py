@@ -21,7 +21,7 @@ from specdec.target import StepOutput, Target
 from specdec.tree import DraftTree, Probes, Proposal, Topology
 
 # (N, W, G): the paper's for a 7B model on a GPU; on a CPU every column costs time
-PUBLISHED, ON_CPU = (5, 15, 15), (5, 2, 4)
+PUBLISHED, ON_CPU = (5, 15, 15), (5, 1, 4)
 CPU_FLOOR, GPU_FLOOR = 0.1, 0.01  # least chance of a node
 # Chance that any guess of a key begins right, that a right beginning goes on, and the weight of the next older guess.
 # Measured on training text with the embedded model, and rough: the newest guess began right in 0.49 of the steps that
@@ -38,7 +38,7 @@ class Lookahead(TableDrafter[Pool]):
 
     Args:
         ngram: N >= 3, key included. None: 5.
-        window: W >= 1. None: 15 on a GPU, 2 on a CPU.
+        window: W >= 1. None: 15 on a GPU, 1 on a CPU.
         guesses: G, continuations kept and drafted per token, the newest first. None: 15 on a GPU, 4 on a CPU.
         seed: of the random tokens the window starts from. They are taken from the prompt, end tokens left out, or from
             the vocabulary where fewer than two are left.
@@ -196,7 +196,5 @@ class Lookahead(TableDrafter[Pool]):
                 self.table_of(state.rows[b]).insert(ngrams)
             start = stop
 
-    def learn(self, tokens: np.ndarray) -> None:
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._target.vocab_size:
-            raise UsageError(f"tokens contains ids outside 0..{self._target.vocab_size - 1}, the model's vocabulary")
-        self.table.feed(np.ascontiguousarray(tokens, dtype=np.int64), 0)
+    def learn_document(self, tokens: np.ndarray) -> None:
+        self.table.feed(tokens, 0)

@@ -263,10 +263,5 @@ class Suffix(TableDrafter[Corpus]):
         self._texts = {}
         super().end(state)
 
-    def learn(self, tokens: np.ndarray) -> None:
-        """Keep a document, int64 [n]; raises UsageError for ids outside the vocabulary."""
-        tokens = np.array(tokens, dtype=np.int64)  # writable, as everywhere
-        vocab_size = self._target.vocab_size
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-            raise UsageError(f"tokens: ids must be in 0..{vocab_size - 1}; encode with this model's tokenizer")
+    def learn_document(self, tokens: np.ndarray) -> None:
         self.table.add(tokens)

@@ -131,7 +131,7 @@ class TokenRecycling(TableDrafter[AdjacencyTable]):
             top = logits.topk(self.k, dim=-1).indices.cpu().numpy()
             self.table_of(row).update(np.ascontiguousarray(tokens[part]), top)
 
-    def learn(self, tokens: np.ndarray) -> None:
+    def learn_document(self, tokens: np.ndarray) -> None:
         """Run the target over a document and keep its predictions, as if it had been a prompt."""
         target = self._target
         window = target.context or len(tokens)

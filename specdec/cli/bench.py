@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from specdec.bench.harness import Group, Harness
     from specdec.bench.prompts import Prompt
 
-DRAFTERS = ("none", "prompt-lookup", "token-recycling", "draft-model")
+DRAFTERS = ("none", "prompt-lookup", "token-recycling", "aded", "suffix", "hybrid", "draft-model")
 
 
 def bench(

@@ -25,7 +25,7 @@ def generate(
     model: common.Model = "tiny",
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     file: Annotated[str | None, typer.Option(help="Read the prompt from a file; - is standard input.")] = None,
-    drafter: Annotated[str, typer.Option(help="Who proposes tokens (`specdec list`).")] = "token-recycling",
+    drafter: Annotated[str, typer.Option(help="Who proposes tokens (`specdec list`).")] = "hybrid",
     set_: common.Settings = None,
     verifier: Annotated[str, typer.Option(help="Who decides which to keep.")] = "standard",
     draft: common.Draft = None,
