@@ -21,6 +21,7 @@ from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.hybrid import Hybrid
 from specdec.drafters.token_recycling import TokenRecycling
 from specdec.errors import CompatibilityError
+from specdec.structure import NOTHING, Needs
 
 NEW = 48
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
@@ -59,9 +60,11 @@ def decoded_line(family: Family, model: PreTrainedModel, target: Target) -> str:
 def tappable(target: Target) -> bool:
     """Whether drafters can read the hidden state that the head reads (lookahead and trained heads must)."""
     try:
-        return bool(target.head)
+        target.bind(Needs(final_hidden=True))
     except CompatibilityError:
         return False
+    target.bind(NOTHING)
+    return True
 
 
 def _tier(target: Target) -> tuple[str, str]:

@@ -10,9 +10,10 @@ import torch
 from conftest import OracleDrafter, new_tokens
 from hypothesis import given
 from hypothesis import strategies as st
+from test_token_recycling import mat
 from tiny_models import tiny_llama
 
-from specdec import Decoder
+from specdec import Decoder, zoo
 from specdec.contracts import Drafter
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.hybrid import Hybrid
@@ -248,3 +249,14 @@ def test_drawn_trees_cannot_be_merged():
     decoder.generate(IDS, do_sample=False, max_new_tokens=8)
     with pytest.raises(CompatibilityError, match="'draft-model' draws its tokens"):
         decoder.generate(IDS, do_sample=True, max_new_tokens=8)
+
+
+def test_it_accepts_at_least_as_much_as_its_best_member_with_as_many_nodes():
+    model, tokenizer = zoo.load("tiny", dtype=torch.float32)
+    options = {"size": 12, "min_prob": 0.0}
+    hybrid = mat(Decoder(model, "hybrid", **options), tokenizer, warm=False)
+    members = [
+        mat(Decoder(model, "suffix", **options), tokenizer, warm=False),
+        mat(Decoder(model, "token-recycling", size=12), tokenizer, warm=False),
+    ]
+    assert hybrid >= max(members) > 1.5
