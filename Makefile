@@ -32,10 +32,15 @@ format: .venv/.ready
 slow: .venv/.ready  ## the proofs that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
+COLD := none,prompt-lookup,token-recycling,aded,suffix,hybrid,lookahead,jacobi,draft-model
+WARM := token-recycling,aded,suffix,hybrid,lookahead
 results: .venv/.ready  ## the README's figures: all 48 prompts, into bench/results (leave the machine alone meanwhile)
-	$(BIN)/specdec bench tiny --prompts embedded --temperature 0 --repeats 2 --out $(RESULTS)/greedy
-	$(BIN)/specdec bench tiny --prompts embedded --temperature 1 --repeats 2 --out $(RESULTS)/sampled
-	$(BIN)/python -m specdec.bench.readme README.md $(RESULTS)/greedy/results.md $(RESULTS)/sampled/results.md
+	for t in 0 1; do \
+	  $(BIN)/specdec bench tiny --temperature $$t --drafters $(COLD) --out $(RESULTS)/cold-$$t || exit 1; \
+	  $(BIN)/specdec bench tiny --temperature $$t --drafters $(WARM) --baselines hf-generate --warm \
+	    --out $(RESULTS)/warm-$$t || exit 1; \
+	done
+	$(BIN)/python -m specdec.bench.readme README.md $(foreach t,0 1,$(RESULTS)/cold-$(t)/results.md $(RESULTS)/warm-$(t)/results.md)
 
 docs: .venv/.ready  ## regenerate docs/families.md from its test
 	SPECDEC_WRITE_DOCS=1 $(BIN)/pytest tests/test_families.py

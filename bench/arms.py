@@ -10,6 +10,14 @@ import torch
 from specdec.decoder import Decoder
 from specdec.stats import GenerationStats
 
+# what a learning drafter knows when a prompt begins
+STATES = {
+    "cold": "the drafter forgets everything before each prompt",
+    "warm": "the drafter keeps what the earlier prompts of the run taught it",
+    "corpus": "the drafter starts each prompt from its table file and keeps nothing of earlier prompts",
+    "corpus+warm": "the drafter starts from its table file and keeps what the earlier prompts of the run taught it",
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -42,8 +50,7 @@ class Arm(Protocol):
     Attributes:
         name: the row's name.
         lossless: the text, or its distribution, is the target's own.
-        state: "cold" when a learning method forgets between prompts, "warm" when it does not, None when it does
-            not learn.
+        state: one of ``STATES``; None when the method does not learn.
     """
 
     name: str
@@ -67,11 +74,11 @@ class Arm(Protocol):
 
 
 class DecoderArm:
-    """A ``Decoder``, named after its drafter.
+    """A ``Decoder`` under a name.
 
     Args:
-        name: the drafter's.
-        decoder: the method.
+        name: the row's.
+        decoder: the method; what its drafter has learned from earlier requests is forgotten.
         warm: keep what a learning drafter has learned from one prompt to the next.
     """
 
@@ -80,10 +87,16 @@ class DecoderArm:
         self.lossless = decoder.lossless
         self._learns = decoder.drafter.warm is not None
         self._warm = warm
+        self.forget()
+        self._corpus = bool(decoder.drafter.warm)  # after a reset: it comes from a file
 
     @property
     def state(self) -> str | None:
-        return ("warm" if self._warm else "cold") if self._learns else None
+        if not self._learns:
+            return None
+        if self._corpus:
+            return "corpus+warm" if self._warm else "corpus"
+        return "warm" if self._warm else "cold"
 
     @property
     def stats(self) -> GenerationStats | None:

@@ -28,19 +28,21 @@ def rank_counts(decoder: Decoder, prompts: list[torch.Tensor], max_new_tokens: i
 
     The table is forgotten between prompts, as in ``specdec bench``; steps at an unseen root are left out.
     """
-    k = decoder.drafter.budget - 1
+    drafter = decoder.drafter
+    assert isinstance(drafter, TokenRecycling)
+    k = drafter.k
     counts = np.zeros(k + 1, dtype=np.int64)
-    observe = decoder.drafter.observe
+    observe = drafter.observe
 
     def count(state, proposals, output, verdicts) -> None:  # type: ignore[no-untyped-def]
         tree, verdict = proposals[0].tree, verdicts[0]
-        if len(tree) > 1 and verdict.emitted:
+        if drafter.table.seen[tree.tokens[0]] and verdict.emitted:
             counts[verdict.path[0] - 1 if verdict.path else k] += 1
         observe(state, proposals, output, verdicts)
 
-    decoder.drafter.observe = count  # type: ignore[method-assign]
+    drafter.observe = count  # type: ignore[method-assign]
     for ids in prompts:
-        decoder.drafter.reset()
+        drafter.reset()
         decoder.generate(ids[None], do_sample=False, max_new_tokens=max_new_tokens)
     return counts
 

@@ -19,5 +19,9 @@ def insert(readme: str, results: str) -> str:
 
 if __name__ == "__main__":
     target, *sources = map(Path, sys.argv[1:])
-    results = "\n".join(source.read_text(encoding="utf-8") for source in sources)
+    paragraphs: list[str] = []
+    for paragraph in (p.strip() for source in sources for p in source.read_text(encoding="utf-8").split("\n\n")):
+        if paragraph.startswith("**") or paragraph not in paragraphs:  # titles, and what was not explained before
+            paragraphs.append(paragraph)
+    results = "\n\n".join(filter(None, paragraphs))
     target.write_text(insert(target.read_text(encoding="utf-8"), results), encoding="utf-8")

@@ -62,7 +62,7 @@ class Row:
         speedup_of_means: Spec-Bench's figure, the mean of prompts' tokens/s over the baseline's mean; for comparison
             with its tables only.
         equal_share: share of prompts whose ids are hf-generate's.
-        state: "cold" or "warm" for methods that learn, else None.
+        state: one of ``bench.arms.STATES`` for methods that learn, else None.
     """
 
     name: str

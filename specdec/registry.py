@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -46,6 +47,11 @@ def drafter(name: str, **options: Any) -> Drafter:
 def verifier(name: str, **options: Any) -> Verifier:
     """Make a verifier; ``options`` go to its constructor."""
     return _make(verifier_class(name), name, options)
+
+
+def options(cls: type[Drafter] | type[Verifier]) -> dict[str, Any]:
+    """Names and defaults of a method's options; ``inspect.Parameter.empty`` marks one that must be given."""
+    return {name: p.default for name, p in inspect.signature(cls).parameters.items()}
 
 
 def _make(cls: type[Method], name: str, options: dict[str, Any]) -> Method:

@@ -54,13 +54,13 @@ class Topology:
     Node 0 is the root; every parent precedes its children; children are tried in index order.
 
     Attributes:
-        parents: N ints, ``parents[0] == -1``.
+        parents: N ints, ``parents[0] == -1``; ``above`` is the same as int64 [N].
         depth: int64 [N], ``depth[0] == 0``.
         ancestors: bool [N, N], ``ancestors[i, j]`` when j is i or an ancestor of i.
     """
 
     def __init__(self, parents: Sequence[int] | np.ndarray):
-        above = np.array(parents, dtype=np.int64)
+        self.above = above = np.array(parents, dtype=np.int64)
         self.parents: tuple[int, ...] = tuple(above.tolist())
         if not self.parents or self.parents[0] != -1:
             raise UsageError(f"parents must start with -1 (the root), got {self.parents[:3]}")

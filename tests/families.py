@@ -182,9 +182,9 @@ Written by `SPECDEC_WRITE_DOCS=1 pytest tests/test_families.py`, checked line by
 
 Small random models of the causal-LM families of transformers {TRANSFORMERS}: {tiers.count("tree")} take draft trees,
 {tiers.count("chain")} take chains (of a tree the first child of each node), {tiers.count("none")} are refused with the
-reason below. For the first two the greedy text equals `generate()`'s in float32 with every drafter that needs no
-training (none, prompt-lookup, token-recycling, draft-model as chain and as tree), for one row and for a left-padded
-batch of three, 48 new tokens. Windows are {WINDOW} tokens.
+reason below. For the first two the greedy text equals `generate()`'s in float32 with `none`, token-recycling, a hybrid
+of all tables, draft models as chains and trees, and (where trees and hidden states are to be had) lookahead, for one
+row and for a left-padded batch of three, 48 new tokens. Windows are {WINDOW} tokens.
 
 Models of images and sound are not here, whatever text they can be made to write.
 

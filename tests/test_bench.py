@@ -12,7 +12,7 @@ from tiny_models import tiny_llama
 
 from specdec import Decoder
 from specdec.bench import report as reports
-from specdec.bench.arms import DecoderArm, Settings
+from specdec.bench.arms import STATES, DecoderArm, Settings
 from specdec.bench.baselines import BASELINES, baseline
 from specdec.bench.environment import environment
 from specdec.bench.harness import ForwardMeter, Harness, generated, grouped
@@ -202,16 +202,25 @@ class Learner:
         self.resets += 1
 
 
-@pytest.mark.parametrize(("learns", "keep", "state", "resets"), [
-    (False, False, "cold", 2), (False, True, "warm", 1), (None, False, None, 0)
+@pytest.mark.parametrize(("after_reset", "keep", "state", "resets"), [
+    (False, False, "cold", 3), (False, True, "warm", 2), (None, False, None, 0),
+    (True, False, "corpus", 3), (True, True, "corpus+warm", 2),
 ])  # fmt: skip
-def test_learning_drafters_are_cold_unless_asked_otherwise(learns, keep, state, resets):
-    decoder = Learner(learns)
+def test_learning_drafters_are_cold_unless_asked_otherwise(after_reset, keep, state, resets):
+    decoder = Learner(after_reset)
     arm = DecoderArm("x", decoder, warm=keep)
     arm.reset()
     arm.forget()
     assert arm.state == state
+    assert state is None or state in STATES
     assert decoder.resets == resets
+
+
+def test_a_drafter_that_was_used_before_is_still_cold(model):
+    decoder = Decoder(model, "token-recycling")
+    decoder.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, do_sample=False)
+    assert decoder.drafter.warm
+    assert DecoderArm("x", decoder).state == "cold"
 
 
 def test_generated_ids_end_with_the_end_token_and_without_padding():

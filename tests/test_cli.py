@@ -21,6 +21,7 @@ from specdec import registry
 from specdec.bench import harness
 from specdec.bench.arms import DecoderArm
 from specdec.cli import app, common
+from specdec.cli.bench import DRAFTERS
 from specdec.cli.streaming import TextStream
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -191,11 +192,14 @@ def test_bench_prints_json_alone_whatever_transformers_says(checkpoint: str, dra
         "none",
         "prompt-lookup",
         "token-recycling",
+        "aded",
+        "suffix",
+        "hybrid",
         "draft-model",
     ]
     assert [(r["temperature"], r["name"]) for r in report["rows"]] == [(t, n) for t in (0.0, 1.0) for n in names]
     assert all(set(row) >= ROW for row in report["rows"])
-    greedy, sampled = report["rows"][:7], report["rows"][7:]
+    greedy, sampled = report["rows"][:10], report["rows"][10:]
     assert all(row["equal"] is True and row["lossless"] for row in greedy)
     assert all(row["equal"] is None for row in sampled)
     assert greedy[0]["speedup"] == 1.0
@@ -204,7 +208,7 @@ def test_bench_prints_json_alone_whatever_transformers_says(checkpoint: str, dra
     assert report["environment"]["model"] == checkpoint
     assert "speed-up" in done.stderr  # the table went there
     assert json.loads((tmp_path / "results.json").read_text()) == report
-    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 2 * 3 * 7
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 2 * 3 * 10
 
 
 def test_what_others_print_does_not_reach_the_json(checkpoint: str, monkeypatch):
@@ -234,7 +238,7 @@ def test_what_cannot_run_is_left_out_with_a_note_unless_it_was_named(checkpoint:
     arguments = ["bench", checkpoint, "--prompts", prompts, "--max-new-tokens", "4", "--json", "--batch-size", "2"]
     result = run(*arguments, "--repeats", "2")
     report = json.loads(result.stdout)
-    assert [row["name"] for row in report["rows"]] == ["hf-generate", "none", "prompt-lookup", "token-recycling"]
+    assert [row["name"] for row in report["rows"]] == ["hf-generate", *DRAFTERS[:-1]]
     assert all(row["equal"] and row["prompts"] == 3 for row in report["rows"])
     left_out = " ".join(report["notes"])
     assert all(name in left_out for name in ("draft-model", "hf-prompt-lookup", "hf-assisted"))
@@ -306,6 +310,83 @@ def test_an_error_in_the_middle_keeps_the_results_too(checkpoint: str, prompts: 
     assert json.loads((tmp_path / "results.json").read_text())["partial"] is True
 
 
+# ---- options of drafters ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("16", 16), ("-2", -2), ("0.5", 0.5), ("1e-3", 0.001), ("true", True), ("False", False), ("none", None),
+    ("request", "request"), ("3,2,1", [3, 2, 1]), ("3,", [3]), ("suffix, aded", ["suffix", "aded"]), ("", ""),
+    ("nan", "nan"), ("inf", "inf"),
+])  # fmt: skip
+def test_what_a_value_on_the_command_line_means(text: str, value: object):
+    assert common.literal(text) == value
+    assert type(common.literal(text)) is type(value)
+
+
+def test_settings_become_options_of_the_right_kind():
+    pairs = ["token-recycling.size=16", "t.scope=request", "t.update_on_prompt=false"]
+    first, second = common.choose({"token-recycling": "token-recycling", "t": "token-recycling"}, pairs, "--drafters")
+    assert (first.label, first.options) == ("token-recycling", {"size": 16})
+    assert (second.drafter, second.options) == ("token-recycling", {"scope": "request", "update_on_prompt": False})
+    assert str(second) == "t: token-recycling, scope=request, update_on_prompt=False"
+    # a constructor that takes a sequence gets one, and a path is text whatever it looks like
+    (draft,) = common.choose({"draft-model": "draft-model"}, ["draft-model.branching=3"], "--drafters")
+    assert draft.options == {"branching": [3]}
+    for name in ("12", "a,b.safetensors"):
+        fails(*GENERATE[:1], *GENERATE[2:], f"token-recycling.table={name}", says=(repr(name), "no such file"))
+
+
+def test_generate_uses_the_settings(checkpoint: str):
+    arguments = ["generate", checkpoint, "--prompt", "aaaa aaaa", "--max-new-tokens", "40", "--json"]
+    arguments += ["--drafter", "token-recycling"]
+    usual, root = (json.loads(run(*arguments, *more).stdout) for more in ([], ["--set", "token-recycling.size=1"]))
+    assert usual["ids"] == root["ids"]
+    assert usual["stats"]["mat"] > 1.0 == root["stats"]["mat"]  # a tree of one node drafts nothing
+    assert (usual["options"], root["options"]) == ({}, {"size": 1})
+
+
+def test_bench_runs_a_drafter_twice_under_labels_and_says_what_they_were(checkpoint: str, prompts: str, tmp_path: Path):
+    result = run("bench", checkpoint, "--drafters", "token-recycling, root=token-recycling", "--baselines",
+                 "hf-generate", "--prompts", prompts, "--max-new-tokens", "24", "--set", "root.size=1", "--json",
+                 "--out", str(tmp_path))  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["hf-generate", "token-recycling", "root"]
+    assert rows["token-recycling"]["mat"] > rows["root"]["mat"] == 1.0
+    assert report["settings"]["drafters"] == {
+        "token-recycling": {"drafter": "token-recycling", "options": {}},
+        "root": {"drafter": "token-recycling", "options": {"size": 1}},
+    }
+    assert "root: token-recycling, size=1" in report["notes"]
+    assert any(note.startswith("cold: ") for note in report["notes"])
+    assert "root: token-recycling, size=1" in result.stderr
+    assert "- root: token-recycling, size=1" in (tmp_path / "results.md").read_text()
+
+
+def test_settings_of_a_draft_model_reach_it(checkpoint: str, draft: str, prompts: str):
+    arguments = ["bench", checkpoint, "--drafters", "short=draft-model", "--baselines", "hf-generate", "--prompts",
+                 prompts, *SHORT, "--limit", "1", "--json"]  # fmt: skip
+    report = json.loads(run(*arguments, "--draft-model", draft, "--set", "short.length=1").stdout)
+    assert report["settings"]["drafters"] == {"short": {"drafter": "draft-model", "options": {"length": 1}}}
+    fails(*arguments, says=("short", "--draft-model"))
+    fails(*arguments, "--draft-model", draft, "--set", "short.length=0", says=("short: length=0", "at least 1"))
+
+
+def test_list_shows_the_options_of_one_method():
+    listed = json.loads(run("list", "--options", "token-recycling", "--json").stdout)
+    options = {o["name"]: o for o in listed["options"]}
+    assert options["k"]["default"] == "8"
+    assert options["size"]["type"] == "int | None"
+    assert options["table"]["meaning"].startswith("file to start from"), "the base class says what it is"
+    assert all(o["meaning"] for o in options.values())
+    draft = {o["name"]: o for o in json.loads(run("list", "--options", "draft-model", "--json").stdout)["options"]}
+    assert draft["draft"]["required"]
+    assert "Sequence[int]" in run("list", "--options", "draft-model").stdout, "brackets are no markup"
+    assert "no options" in run("list", "--options", "none").stdout
+    assert run("list", "--options", "standard").exit_code == 0
+
+
 # ---- doctor -------------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +428,10 @@ def fails(*args: str, says: str | tuple[str, ...]) -> None:
         assert part in line, line
 
 
+# mistakes show before a model is looked for
+GENERATE = ["generate", "/no/such/model", "--drafter", "token-recycling", "--prompt", "a", "--set"]
+
+
 @pytest.mark.parametrize(("args", "says"), [
     (["generate"], ("--prompt", "--file")),
     (["generate", "--prompt", "a", "--file", "b"], ("--prompt", "not both")),
@@ -370,6 +455,30 @@ def fails(*args: str, says: str | tuple[str, ...]) -> None:
     (["bench", "--temperature", "0,warm"], ("--temperature '0,warm'", "0,1")),
     (["bench", "--temperature", "-1"], ("--temperature '-1'",)),
     (["bench", "--prompts", "/no/such/file"], ("--prompts /no/such/file", "No such file", "embedded")),
+    (["list", "--options", "token-recyclin"], ("--options 'token-recyclin'", "did you mean token-recycling")),
+    ([*GENERATE, "size"], ("--set 'size'", "DRAFTER.OPTION=VALUE")),
+    ([*GENERATE, "token-recycling.size"], ("--set 'token-recycling.size'", "DRAFTER.OPTION=VALUE")),
+    ([*GENERATE, "size=4"], ("--set 'size=4'", "DRAFTER.OPTION=VALUE")),
+    ([*GENERATE, "token-recycling.=4"], ("DRAFTER.OPTION=VALUE",)),
+    ([*GENERATE, "token-recyclin.size=4"], ("'token-recyclin'", "did you mean token-recycling")),
+    ([*GENERATE, "token-recycling.sise=4"], ("no option 'sise'", "did you mean size", "scope, table")),
+    ([*GENERATE, "token-recycling.size=big"], ("size takes int | None, not 'big'",)),
+    ([*GENERATE, "token-recycling.size=true"], ("size takes int | None, not 'true'",)),
+    ([*GENERATE, "token-recycling.size=1.5"], ("size takes int | None, not '1.5'",)),
+    ([*GENERATE, "token-recycling.size=0"], ("token-recycling: size=0",)),
+    ([*GENERATE, "token-recycling.scope=all"], ("scope takes Literal['shared', 'request'], not 'all'",)),
+    ([*GENERATE, "token-recycling.paths=1,2"], ("paths takes", "not '1,2'")),
+    ([*GENERATE, "token-recycling.table=/no/such"], ("table '/no/such'", "no such file")),
+    ([*GENERATE, "none.size=4"], ("none was not chosen", "--drafter (token-recycling)")),
+    ([*GENERATE, "none.size=4", "--drafter", "none"], ("none has no options",)),
+    ([*GENERATE, "draft-model.draft=x", "--drafter", "draft-model"], ("given by --draft-model",)),
+    (["bench", "--drafters", "none", "--set", "token-recycling.size=4"], ("was not chosen", "--drafters (none)")),
+    (["bench", "--drafters", "a=none", "--set", "none.size=4"], ("none was not chosen", "--drafters (a)")),
+    (["bench", "--drafters", "a=nome"], ("'nome'", "did you mean none")),
+    (["bench", "--drafters", "a=none,a=token-recycling"], ("'a' already names something else",)),
+    (["bench", "--drafters", "hf-generate=none"], ("'hf-generate' already names something else",)),
+    (["bench", "--drafters", "none=token-recycling"], ("'none' already names something else",)),
+    (["bench", "--drafters", "=none"], ("no label before the =",)),
     (["bench", "--warm", "--repeats", "2"], ("--warm", "--repeats 1")),
     (["bench", "--limit", "0"], ("--limit",)),
     (["bench", "--wat"], ("--wat",)),

@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 
 from specdec import Decoder, Drafter, Target
 from specdec.drafters.draft_model import DraftModel
+from specdec.drafters.hybrid import Hybrid
 from specdec.drafters.token_recycling import TokenRecycling
 from specdec.errors import CompatibilityError
+from specdec.structure import NOTHING, Needs
 
 NEW = 48
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
@@ -51,7 +53,18 @@ def check_line(line: str) -> None:
 
 def decoded_line(family: Family, model: PreTrainedModel, target: Target) -> str:
     masks = ", ".join(kind.removesuffix("_attention") for kind in target.layer_kinds)
-    return row(family, *_tier(target), masks, target.attention, shows(model))
+    untapped = [] if tappable(target) else ["hidden states out of reach"]
+    return row(family, *_tier(target), masks, target.attention, [*shows(model), *untapped])
+
+
+def tappable(target: Target) -> bool:
+    """Whether drafters can read the hidden state that the head reads (lookahead and trained heads must)."""
+    try:
+        target.bind(Needs(final_hidden=True))
+    except CompatibilityError:
+        return False
+    target.bind(NOTHING)
+    return True
 
 
 def _tier(target: Target) -> tuple[str, str]:
@@ -70,24 +83,29 @@ def need(family: Family) -> None:
         pytest.skip(f"transformers {TRANSFORMERS} has no {family.type}")
 
 
-def drafters(model: PreTrainedModel, tier: str) -> dict[str, Drafter | str]:
+def drafters(model: PreTrainedModel, target: Target) -> dict[str, Drafter | str]:
     """Every drafter of the library that needs no training, some in two shapes."""
     noisy = noisy_copy(model, 0.1)
     either: dict[str, Drafter | str] = {
         "none": "none",
-        "prompt-lookup": "prompt-lookup",
         "token-recycling": TokenRecycling(size=24),
+        "hybrid of all tables": Hybrid(["suffix", "aded", "prompt-lookup", "token-recycling"], size=24, min_prob=0.0),
         "draft-model, chain": DraftModel(noisy, length=4),
         "draft-model of another family, tree": DraftModel(stranger(), branching=(2, 2, 1)),
         "draft-model, itself": DraftModel(model, length=4),
     }
-    if tier == "chain":
+    if target.capability.tier == "chain":
         return either
-    # a chain-tier model cannot grow trees as a draft either
-    return either | {
-        "draft-model, tree": DraftModel(noisy, branching=(2, 2, 1)),
-        "draft-model, itself as a tree": DraftModel(model, branching=(2, 2, 1)),
-    }
+    # a chain-tier model takes no probes, and cannot grow trees as a draft either
+    probing: dict[str, Drafter | str] = {"lookahead": "lookahead"} if tappable(target) else {}
+    return (
+        either
+        | probing
+        | {
+            "draft-model, tree": DraftModel(noisy, branching=(2, 2, 1)),
+            "draft-model, itself as a tree": DraftModel(model, branching=(2, 2, 1)),
+        }
+    )
 
 
 @pytest.mark.parametrize("family", DECODED, ids=lambda family: family.name)
@@ -102,7 +120,7 @@ def test_greedy_text_is_generates_own_for_every_drafter(family: Family):
     target = Target(model)
     tier = target.capability.tier
 
-    for name, drafter in drafters(model, tier).items():
+    for name, drafter in drafters(model, target).items():
         decoder = Decoder(model, drafter)
         for inputs in (one, three):
             got = new_tokens(decoder, inputs, max_new_tokens=NEW)

@@ -233,7 +233,7 @@ def test_greedy_is_the_limit_of_sampling_at_low_temperature():
 # ---- the whole loop, with models ---------------------------------------------------------------------------------
 
 
-def _exact_pairs(model, ids: torch.Tensor, **settings) -> dict[tuple[int, int], float]:
+def exact_pairs(model, ids: torch.Tensor, **settings) -> dict[tuple[int, int], float]:
     """Joint law of two new tokens by plain forwards and transformers' own processors."""
     warpers = LogitsProcessorList(
         [TemperatureLogitsWarper(settings["temperature"]), TopKLogitsWarper(settings["top_k"])]
@@ -258,14 +258,14 @@ def test_whole_loop_with_a_draft_model_has_the_exact_law(options, monkeypatch: p
         monkeypatch.setattr("specdec.surface.Randomness", lambda seed, device: random)
         return tuple(decoder.generate(ids, max_new_tokens=2, do_sample=True, **settings)[0, 3:].tolist())
 
-    assert total_variation(law(generate), _exact_pairs(model, ids, **settings)) < 1e-6
+    assert total_variation(law(generate), exact_pairs(model, ids, **settings)) < 1e-6
 
 
-def _p_value(decoder: Decoder, model, ids: torch.Tensor, samples: int, **settings) -> float:
+def p_value(decoder: Decoder, model, ids: torch.Tensor, samples: int, **settings) -> float:
     """Chi-square test of sampled pairs against the exact law; rare pairs are pooled."""
     torch.manual_seed(0)
     rows = decoder.generate(ids, max_new_tokens=2, do_sample=True, num_return_sequences=samples, **settings)
-    exactly = _exact_pairs(model, ids, **settings)
+    exactly = exact_pairs(model, ids, **settings)
     counts: dict[tuple[int, int], int] = {}
     for pair in map(tuple, rows[:, ids.shape[1] :].tolist()):
         counts[pair] = counts.get(pair, 0) + 1
@@ -286,7 +286,7 @@ def test_sampling_at_scale_passes_chi_square(drafter: str):
     model, draft = tiny_llama(vocab_size=32, seed=0), tiny_llama(vocab_size=32, seed=1)
     options = {"draft": draft, "branching": (3, 1)} if drafter == "draft-model" else {}
     decoder = Decoder(model, drafter, **options)
-    assert _p_value(decoder, model, torch.tensor([[5, 9, 2]]), 3000, temperature=0.9, top_k=6) > 1e-4
+    assert p_value(decoder, model, torch.tensor([[5, 9, 2]]), 3000, temperature=0.9, top_k=6) > 1e-4
 
 
 def test_chi_square_rejects_a_biased_verifier(monkeypatch: pytest.MonkeyPatch):
@@ -300,4 +300,4 @@ def test_chi_square_rejects_a_biased_verifier(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(standard, "choose", biased)
     decoder = Decoder(model, "draft-model", draft=draft, branching=(3, 1))
-    assert _p_value(decoder, model, torch.tensor([[5, 9, 2]]), 2000, temperature=0.9, top_k=24) < 1e-6
+    assert p_value(decoder, model, torch.tensor([[5, 9, 2]]), 2000, temperature=0.9, top_k=24) < 1e-6

@@ -10,7 +10,14 @@ import numpy as np
 
 from specdec.contracts import Verdict
 from specdec.drafters.token_recycling.table import AdjacencyTable
-from specdec.drafters.token_recycling.trees import CPU_SIZE, PUBLISHED_SIZE, RANK_ACCEPTANCE, from_paths, template
+from specdec.drafters.token_recycling.trees import (
+    COMMON_ACCEPTANCE,
+    CPU_SIZE,
+    PUBLISHED_SIZE,
+    RANK_ACCEPTANCE,
+    from_paths,
+    template,
+)
 from specdec.errors import UsageError
 from specdec.state import DecodeState, Row
 from specdec.structure import Needs
@@ -51,9 +58,10 @@ class TokenRecycling(TableDrafter[AdjacencyTable]):
         super().__init__(scope, table)
         if not 1 <= k <= 64:
             raise UsageError(f"k={k} must be between 1 and 64")
-        self.k, self.update_on_prompt = k, update_on_prompt
-        self._template = from_paths(paths) if paths is not None else template(size, k) if size is not None else None
-        self.budget = PUBLISHED_SIZE if self._template is None else len(self._template[0])
+        if size is not None and size < 1:
+            raise UsageError(f"size={size} must be at least 1: the root alone")
+        self.size, self.k, self.update_on_prompt = size, k, update_on_prompt
+        self._own_template = from_paths(paths) if paths is not None else None
         if not update_on_prompt:
             self.wishes = Needs()
 
@@ -63,14 +71,22 @@ class TokenRecycling(TableDrafter[AdjacencyTable]):
     def compile(self) -> None:
         toy, one = AdjacencyTable(2, 1), np.zeros(1, dtype=np.int64)
         toy.update(one, one[:, None])
+        toy.count(one)
         toy.fill_tree(0, one - 1, one, one)
 
     def bind(self, target: Target) -> None:
-        default = PUBLISHED_SIZE if target.device.type == "cuda" else CPU_SIZE
-        self._parents, self._ranks = self._template or template(default, self.k)
+        self.k = min(self.k, target.vocab_size)
+        size = self.size or (PUBLISHED_SIZE if target.device.type == "cuda" else CPU_SIZE)
+        self._parents, self._ranks = self._own_template or template(size, self.k)
         self.budget = len(self._parents)
-        self._chance = np.array([*RANK_ACCEPTANCE, *[RANK_ACCEPTANCE[-1]] * self.k], dtype=np.float32)  # per rank
+        by_rank = [*RANK_ACCEPTANCE, *[RANK_ACCEPTANCE[-1]] * self.k][: self.k]
+        self._chance = np.array([*by_rank, COMMON_ACCEPTANCE], dtype=np.float32)
         super().bind(target)
+
+    def begin(self, state: DecodeState) -> None:
+        super().begin(state)
+        for row in state.rows:
+            self.table_of(row).count(row.tokens)
 
     def propose(self, state: DecodeState) -> list[Proposal | None]:
         proposals: list[Proposal | None] = []
@@ -98,6 +114,7 @@ class TokenRecycling(TableDrafter[AdjacencyTable]):
             # breadth first, then the accepted path once more: where tokens repeat, the accepted context wins
             order = [*range(len(proposal.tree)), 0, *verdict.path]
             self.table_of(row).update(proposal.tree.tokens[order], top[b, order])
+            self.table_of(row).count(np.array(verdict.emitted, dtype=np.int64))
 
     def _learn_pending(self, row: Row, b: int, output: StepOutput) -> None:
         """Learn from the tokens before the root: prompt, or what another drafter committed."""
@@ -114,7 +131,7 @@ class TokenRecycling(TableDrafter[AdjacencyTable]):
             top = logits.topk(self.k, dim=-1).indices.cpu().numpy()
             self.table_of(row).update(np.ascontiguousarray(tokens[part]), top)
 
-    def learn(self, tokens: np.ndarray) -> None:
+    def learn_document(self, tokens: np.ndarray) -> None:
         """Run the target over a document and keep its predictions, as if it had been a prompt."""
         target = self._target
         window = target.context or len(tokens)
@@ -127,3 +144,4 @@ class TokenRecycling(TableDrafter[AdjacencyTable]):
                     output = target.step([text[: start + 1]], [Proposal(chain)])
                     target.commit(output, [list(range(1, len(chain)))])
                     self.table.update(chain.tokens, output.top(self.k)[0])
+                    self.table.count(chain.tokens)

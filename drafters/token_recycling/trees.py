@@ -28,6 +28,8 @@ _PUBLISHED = {
 # the embedded model on training text of all its sources (`make tables`); other models and texts will differ.
 RANK_ACCEPTANCE = (0.576, 0.123, 0.052, 0.023, 0.023, 0.014, 0.010, 0.010)
 
+COMMON_ACCEPTANCE = 0.03  # and that it is one of the commonest tokens of the text
+
 PUBLISHED_SIZE = 81
 CPU_SIZE = 8  # fastest of 5, 8, 12 and 16 nodes on two cores with the embedded model, on training prompts
 

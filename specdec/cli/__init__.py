@@ -10,10 +10,12 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from specdec.cli.bench import bench
+from specdec.cli.bench_tables import bench_tables
 from specdec.cli.common import one_line
 from specdec.cli.doctor import doctor
 from specdec.cli.generate import generate
 from specdec.cli.listing import list_methods
+from specdec.cli.table import table_app
 from specdec.cli.train import train_app
 
 
@@ -47,8 +49,10 @@ app = typer.Typer(
 )
 app.command("generate")(generate)
 app.command("bench")(bench)
+app.command("bench-tables")(bench_tables)
 app.command("doctor")(doctor)
 app.command("list")(list_methods)
+app.add_typer(table_app, name="table")
 app.add_typer(train_app, name="train")
 
 

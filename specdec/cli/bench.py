@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from specdec.cli import common
 from specdec.errors import UsageError
@@ -21,14 +19,19 @@ if TYPE_CHECKING:
     from specdec.bench.harness import Group, Harness
     from specdec.bench.prompts import Prompt
 
-DRAFTERS = ("none", "prompt-lookup", "token-recycling", "draft-model")
+DRAFTERS = ("none", "prompt-lookup", "token-recycling", "aded", "suffix", "hybrid", "draft-model")
 
 
 def bench(
     model: common.Model = "tiny",
     drafters: Annotated[
-        str | None, typer.Option(help=f"Comma list (`specdec list`); without it {', '.join(DRAFTERS)}.")
+        str | None,
+        typer.Option(
+            help=f"Comma list (`specdec list`); without it {', '.join(DRAFTERS)}. LABEL=DRAFTER names a row, so that a "
+            "drafter can run twice with different --set LABEL.OPTION=VALUE."
+        ),
     ] = None,
+    set_: common.Settings = None,
     baselines: Annotated[
         str | None, typer.Option(help="Comma list; without it hf-generate, hf-prompt-lookup, hf-assisted.")
     ] = None,
@@ -57,7 +60,8 @@ def bench(
 ) -> None:
     """Compare drafters with transformers' own methods, interleaved in one run, with intervals.
 
-    Learning drafters forget before every prompt unless --warm. Ctrl-C keeps what was measured, marked as partial.
+    Learning drafters forget before every prompt unless --warm; one that was given a table file (--set
+    DRAFTER.table=FILE) goes back to that file. Ctrl-C keeps what was measured, marked as partial.
     """
     temperatures = _temperatures(temperature)
     common.check_loading(dtype, device)
@@ -65,7 +69,7 @@ def bench(
         raise UsageError(f"--warm with --repeats {repeats}: a repeated prompt is no longer new; use --repeats 1")
 
     from specdec import registry
-    from specdec.bench.arms import Settings
+    from specdec.bench.arms import STATES, Settings
     from specdec.bench.baselines import BASELINES, REFERENCE
     from specdec.bench.environment import environment
     from specdec.bench.harness import Harness, grouped
@@ -74,11 +78,11 @@ def bench(
     from specdec.bench.statistics import summarise
 
     # everything that can be wrong is checked before anything slow starts
-    chosen = _names("--drafters", drafters) or list(DRAFTERS)
-    for name in chosen:
-        registry.drafter_class(name)
+    labels = common.labels("--drafters", drafters, BASELINES) or {name: name for name in DRAFTERS}
+    choices = {c.label: c for c in common.choose(labels, set_, "--drafters")}
+    chosen = list(choices)
     registry.verifier_class(verifier)
-    peers = _names("--baselines", baselines) or list(BASELINES)
+    peers = common.names("--baselines", baselines) or list(BASELINES)
     for name in peers:
         common.check_choice("--baselines", name, BASELINES)
     peers = list(dict.fromkeys([REFERENCE, *peers]))
@@ -96,9 +100,11 @@ def bench(
             names.remove(name)
             notes.append(f"{name} left out: {reason}")
 
+    drafting = {label for label, choice in choices.items() if choice.drafter == "draft-model"}
     if draft is None:
         reason = f"it needs --draft-model FOLDER or ID, {model} brings no draft model"
-        leave_out("draft-model", chosen, reason)
+        for label in drafting:
+            leave_out(label, chosen, reason)
         leave_out("hf-assisted", peers, reason)
     if batch_size > 1:
         for name in ("hf-prompt-lookup", "hf-assisted"):
@@ -110,14 +116,15 @@ def bench(
         target, tokenizer = common.load_model(model, dtype, device), common.load_tokenizer(model)
         groups = grouped([p.id for p in texts], _encode(texts, tokenizer, target, max_new_tokens), batch_size)
         loaded_draft = None
-        if draft is not None and {"draft-model", "hf-assisted"} & {*chosen, *peers}:
+        if draft is not None and {*drafting, "hf-assisted"} & {*chosen, *peers}:
             same = str(target.dtype).removeprefix("torch.")
             loaded_draft = common.load_model(draft, same, device, "--draft-model")
-        arms = _arms(target, chosen, verifier, peers, loaded_draft, warm)
+        measured = [choices[label] for label in chosen]
+        arms = _arms(target, tokenizer, measured, verifier, peers, loaded_draft, warm)
         settings = [Settings(max_new_tokens, t) for t in temperatures]
         harness = Harness(target, seed)
         try:
-            with _progress(console) as progress:
+            with common.progress(console) as progress:
                 arms = _warm_up(harness, arms, groups[0], settings, leave_out, peers, progress)
                 run = harness.run(arms, groups, settings, repeats, progress)
         except KeyboardInterrupt:  # later ones are the harness's to keep
@@ -130,6 +137,7 @@ def bench(
             environment=environment(target, model),
             settings={
                 "model": model,
+                "drafters": {c.label: {"drafter": c.drafter, "options": c.options} for c in measured},
                 "draft_model": draft if loaded_draft is not None else None,
                 "verifier": verifier,
                 "prompts": prompts,
@@ -141,7 +149,12 @@ def bench(
                 "seed": seed,
                 "state": "warm" if warm else "cold",
             },
-            notes=[*notes, *cautions(rows, REFERENCE, str(target.dtype).removeprefix("torch."))],
+            notes=[
+                *notes,
+                *(str(c) for c in measured if c.options or c.label != c.drafter),
+                *(f"{state}: {STATES[state]}" for state in dict.fromkeys(filter(None, states.values()))),
+                *cautions(rows, REFERENCE, str(target.dtype).removeprefix("torch.")),
+            ],
             partial=run.failure is not None,
         )
         if out is not None:
@@ -169,16 +182,6 @@ def _temperatures(text: str) -> list[float]:
     return list(dict.fromkeys(values))
 
 
-def _names(option: str, text: str | None) -> list[str]:
-    """A comma list without repetitions; empty when the option was not given."""
-    if text is None:
-        return []
-    names = [part.strip() for part in text.split(",")]
-    if not all(names):
-        raise UsageError(f"{option} {text!r}: there is an empty name in it; write names with single commas between")
-    return list(dict.fromkeys(names))
-
-
 def _encode(prompts: Sequence[Prompt], tokenizer: Any, model: PreTrainedModel, max_new_tokens: int) -> list[list[int]]:
     """Token ids of every prompt, all of which must leave room for the answer."""
     context = common.context_of(model)
@@ -198,7 +201,8 @@ def _encode(prompts: Sequence[Prompt], tokenizer: Any, model: PreTrainedModel, m
 
 def _arms(
     target: PreTrainedModel,
-    drafters: Sequence[str],
+    tokenizer: Any,
+    drafters: Sequence[common.Choice],
     verifier: str,
     peers: Sequence[str],
     draft: PreTrainedModel | None,
@@ -210,9 +214,9 @@ def _arms(
     from specdec.decoder import Decoder
 
     arms: list[Arm] = []
-    for name in drafters:
-        options: dict[str, Any] = {"draft": draft} if name == "draft-model" else {}
-        arms.append(DecoderArm(name, Decoder(target, name, verifier, **options), warm))
+    for choice in drafters:
+        drafter = choice.make(draft=draft) if choice.drafter == "draft-model" else choice.make()
+        arms.append(DecoderArm(choice.label, Decoder(target, drafter, verifier, tokenizer=tokenizer), warm))
     return [*(baseline(name, target, draft) for name in peers), *arms]
 
 
@@ -244,29 +248,3 @@ def _warm_up(
             leave_out(arm.name, peers, reason)
             working.remove(arm)
     return working
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on a terminal, a line for every tenth of the work elsewhere."""
-    if not console.is_terminal:
-        shown = -1
-
-        def line(done: int, total: int, text: str) -> None:
-            nonlocal shown
-            if done == 0:
-                console.print(text, highlight=False)
-            elif done * 10 // total > shown:
-                shown = done * 10 // total
-                console.print(f"{done}/{total} {text}", highlight=False)
-
-        yield line
-        return
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    # few refreshes: the bar's thread shares the processor with what is being timed
-    with Progress(*columns, console=console, transient=True, refresh_per_second=1) as bar:
-        task = bar.add_task("")
-        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)

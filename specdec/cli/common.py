@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, Union, get_args, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
@@ -16,6 +20,8 @@ from specdec.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from specdec.contracts import Drafter
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -28,6 +34,15 @@ Device = Annotated[str, typer.Option(help="auto (cuda where there is one), cpu o
 Draft = Annotated[
     str | None,
     typer.Option("--draft-model", help="Smaller model of the same tokenizer: folder or hub id. `tiny` brings its own."),
+]
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="DRAFTER.OPTION=VALUE",
+        help="An option of a drafter (`specdec list --options DRAFTER`), e.g. token-recycling.size=16. Repeatable.",
+    ),
 ]
 
 
@@ -92,6 +107,170 @@ def draft_name(model: str, draft: str | None) -> str | None:
     return draft
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A drafter to run.
+
+    Attributes:
+        label: what its row is called; the drafter's name unless the user gave another.
+        drafter: registry name.
+        options: for its constructor.
+    """
+
+    label: str
+    drafter: str
+    options: dict[str, Any]
+
+    def make(self, **more: Any) -> Drafter:
+        """The drafter; raises UsageError for options it refuses."""
+        from specdec import registry
+
+        try:
+            return registry.drafter(self.drafter, **self.options, **more)
+        except UsageError as error:
+            raise UsageError(f"{self.label}: {error}") from error
+
+    def with_options(self, **options: Any) -> Choice:
+        return Choice(self.label, self.drafter, {**self.options, **options})
+
+    def __str__(self) -> str:
+        return ", ".join([f"{self.label}: {self.drafter}", *(f"{k}={v}" for k, v in self.options.items())])
+
+
+def names(option: str, text: str | None) -> list[str]:
+    """A comma list without repetitions; empty when the option was not given."""
+    if text is None:
+        return []
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
+        raise UsageError(f"{option} {text!r}: there is an empty name in it; write names with single commas between")
+    return list(dict.fromkeys(found))
+
+
+def labels(option: str, text: str | None, taken: Container[str] = ()) -> dict[str, str]:
+    """Label -> drafter of a comma list of drafters and LABEL=DRAFTER; empty when the option was not given.
+
+    Args:
+        option: for messages.
+        text: its value.
+        taken: other rows' names.
+
+    Raises:
+        UsageError: a label that already names something else.
+    """
+    from specdec import registry
+
+    found: dict[str, str] = {}
+    for entry in names(option, text):
+        label, equals, name = (part.strip() for part in entry.rpartition("="))
+        if equals and not label:
+            raise UsageError(f"{option} {entry}: there is no label before the =; write LABEL=DRAFTER")
+        label = label or name
+        if label in taken or found.get(label, name) != name or (label != name and label in registry.drafter_names()):
+            raise UsageError(f"{option} {entry}: {label!r} already names something else; give another label")
+        found[label] = name
+    return found
+
+
+def choose(chosen: Mapping[str, str], settings: Sequence[str] | None, option: str) -> list[Choice]:
+    """Drafters with their options, all checked before anything is loaded.
+
+    Args:
+        chosen: label -> drafter's name.
+        settings: values of --set.
+        option: the option that chose the drafters, for messages.
+
+    Raises:
+        UsageError: unknown drafter or option, a drafter not chosen, a value of the wrong kind or out of range.
+    """
+    from specdec import registry
+    from specdec.tables import TableDrafter, store
+
+    classes = {label: registry.drafter_class(name) for label, name in chosen.items()}
+    options: dict[str, dict[str, Any]] = {label: {} for label in chosen}
+    for pair in settings or ():
+        key, equals, text = pair.partition("=")
+        label, dot, name = key.strip().rpartition(".")
+        if not equals or not dot or not name:
+            raise UsageError(f"--set {pair!r}: write DRAFTER.OPTION=VALUE, for example --set token-recycling.size=16")
+        if label not in chosen:
+            if label in registry.drafter_names():
+                raise UsageError(f"--set {pair}: {label} was not chosen; add it to {option} ({', '.join(chosen)})")
+            check_choice(f"--set {pair}: drafter", label, [*chosen, *registry.drafter_names()])
+        options[label][name] = _option(classes[label], chosen[label], pair, name, text.strip())
+    choices = [Choice(label, name, options[label]) for label, name in chosen.items()]
+    for choice in choices:
+        table = choice.options.get("table")
+        if table is not None and issubclass(classes[choice.label], TableDrafter):
+            store.header(table)
+        if choice.drafter != "draft-model":  # it is made once its model is loaded
+            choice.make()
+    return choices
+
+
+def literal(text: str) -> Any:
+    """What a value on the command line means: an integer, a number, true, false, none, a comma list, or text."""
+    if "," in text:
+        return [literal(part.strip()) for part in text.removesuffix(",").split(",")]
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            continue
+        if math.isfinite(value):
+            return value
+    return text
+
+
+def _option(cls: type, drafter: str, pair: str, name: str, text: str) -> Any:
+    """The value of one option, checked against the constructor of ``cls``."""
+    parameters = inspect.signature(cls).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if drafter == "draft-model" and name == "draft":
+        raise UsageError(f"--set {pair}: the draft model is given by --draft-model")
+    if name not in known and not anything:
+        if not known:
+            raise UsageError(f"--set {pair}: {drafter} has no options")
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise UsageError(f"--set {pair}: {drafter} has no option {name!r}; {hint}its options are {', '.join(known)}")
+    try:
+        hint_of = get_type_hints(cls.__init__)  # type: ignore[misc]
+    except NameError:  # names that its module imports for type checkers only
+        hint_of = {}
+    hint, value = hint_of.get(name, Any), literal(text)
+    listed = value if isinstance(value, list) else [value]
+    for meant in (value, listed, text):  # one item of a list; a path that looks like a number
+        if _fits(meant, hint):
+            return meant
+    raise UsageError(f"--set {pair}: {name} takes {parameters[name].annotation}, not {text!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is what an annotation asks for."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if hint in (None, NoneType):
+        return value is None
+    if isinstance(value, bool):
+        return hint is bool
+    if isinstance(value, list):
+        of = arguments[0] if arguments else Any
+        return (origin or hint) in (list, tuple, Sequence) and all(_fits(item, of) for item in value)
+    if isinstance(value, str):
+        return hint in (str, Path)
+    return hint is float or (hint is int and isinstance(value, int))
+
+
 def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
     """Raise UsageError, with suggestions, unless ``value`` is one of ``choices``."""
     if value not in choices:
@@ -142,6 +321,32 @@ def json_only(wanted: bool) -> Iterator[TextIO]:
         yield out
     finally:
         sys.stdout = out
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on a terminal, a line for every tenth of the work elsewhere: called with (done, total, text)."""
+    if not console.is_terminal:
+        shown = -1
+
+        def line(done: int, total: int, text: str) -> None:
+            nonlocal shown
+            if done == 0:
+                console.print(text, highlight=False)
+            elif done * 10 // total > shown:
+                shown = done * 10 // total
+                console.print(f"{done}/{total} {text}", highlight=False)
+
+        yield line
+        return
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    # few refreshes: the bar's thread shares the processor with what is being timed
+    with Progress(*columns, console=console, transient=True, refresh_per_second=1) as bar:
+        task = bar.add_task("")
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
 
 
 def one_line(error: BaseException) -> str | None:

@@ -25,7 +25,8 @@ def generate(
     model: common.Model = "tiny",
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     file: Annotated[str | None, typer.Option(help="Read the prompt from a file; - is standard input.")] = None,
-    drafter: Annotated[str, typer.Option(help="Who proposes tokens (`specdec list`).")] = "token-recycling",
+    drafter: Annotated[str, typer.Option(help="Who proposes tokens (`specdec list`).")] = "hybrid",
+    set_: common.Settings = None,
     verifier: Annotated[str, typer.Option(help="Who decides which to keep.")] = "standard",
     draft: common.Draft = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
@@ -50,7 +51,7 @@ def generate(
     from specdec.bench.arms import Settings
     from specdec.decoder import Decoder
 
-    registry.drafter_class(drafter)  # unknown names fail before anything is loaded
+    (choice,) = common.choose({drafter: drafter}, set_, "--drafter")  # mistakes fail before anything is loaded
     registry.verifier_class(verifier)
     draft = common.draft_name(model, draft)
     if drafter == "draft-model" and draft is None:
@@ -58,15 +59,14 @@ def generate(
     common.quiet()
     with common.json_only(json_) as out:
         target, tokenizer = common.load_model(model, dtype, device), common.load_tokenizer(model)
-        options: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if drafter == "draft-model" and draft is not None:
-            options["draft"] = common.load_model(
-                draft, str(target.dtype).removeprefix("torch."), device, "--draft-model"
-            )
+            same = str(target.dtype).removeprefix("torch.")
+            more["draft"] = common.load_model(draft, same, device, "--draft-model")
         inputs = _encode(tokenizer, text, chat, argument).to(target.device)
         length = inputs["input_ids"].shape[1]
         room = _room(target, length, max_new_tokens, argument)
-        decoder = Decoder(target, drafter, verifier, tokenizer=tokenizer, **options)
+        decoder = Decoder(target, choice.make(**more), verifier, tokenizer=tokenizer)
         if seed is not None:
             torch.manual_seed(seed)
         stream = TextStream(tokenizer, None if json_ else out, colour=show_accepted)
@@ -87,6 +87,7 @@ def generate(
                 "ids": stream.ids,
                 "partial": partial,
                 "model": model,
+                "options": choice.options,
                 "prompt_tokens": length,
                 "stats": decoder.stats.summary() if decoder.stats else None,  # None: interrupted before the start
             }

@@ -74,8 +74,8 @@ class TableDrafter(Drafter, Generic[T]):
         """Call every compiled function once, on a toy table: no request waits for a compiler."""
 
     @abstractmethod
-    def learn(self, tokens: np.ndarray) -> None:
-        """Learn from one document, int64 [n], without a request."""
+    def learn_document(self, tokens: np.ndarray) -> None:
+        """What ``learn`` does once ``tokens`` int64 [n], n > 0, are known to be ids."""
 
     @property
     def table(self) -> T:
@@ -120,6 +120,24 @@ class TableDrafter(Drafter, Generic[T]):
         if self.table.filled:
             copy.fill({name: array.copy() for name, array in self.table.arrays().items()}, self.table.facts())
         return copy
+
+    def learn(self, tokens: Any) -> None:
+        """Learn from one document without a request.
+
+        Args:
+            tokens: ids [n].
+
+        Raises:
+            UsageError: an id outside the vocabulary.
+        """
+        ids = np.array(tokens, dtype=np.int64).reshape(-1)
+        size = self._target.vocab_size
+        if len(ids) and not 0 <= ids.min() <= ids.max() < size:
+            raise UsageError(
+                f"tokens: ids {ids.min()}..{ids.max()} are not all in 0..{size - 1}; encode with this model's tokenizer"
+            )
+        if len(ids):
+            self.learn_document(ids)
 
     # ---- files ----------------------------------------------------------------------------------------------
 
