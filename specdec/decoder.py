@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from specdec import registry
+from specdec.compiling import MODES, Mode
 from specdec.contracts import Drafter, Verdict, Verifier
 from specdec.errors import CompatibilityError, UsageError
 from specdec.state import DecodeState, Row
@@ -33,6 +34,9 @@ class Decoder(GenerateSurface):
         verifier: a name or a ``Verifier``.
         tokenizer: only needed for ``stop_strings``, and to save or load tables.
         prefill_chunk: prompt tokens per forward.
+        compile: "inductor" puts the target's forward through torch.compile (tens of seconds once, less when torch finds
+            its kernels on disk; rows decoded together are compiled when they first come); "auto" does so where it can;
+            ``target.compilation`` tells what came of it.
         options: passed to the named drafter.
 
     Attributes:
@@ -52,10 +56,13 @@ class Decoder(GenerateSurface):
         *,
         tokenizer: Any = None,
         prefill_chunk: int = 512,
+        compile: Mode = "off",
         **options: Any,
     ):
         if prefill_chunk < 1:
             raise UsageError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+        if compile not in MODES:
+            raise UsageError(f"compile={compile!r} must be one of {', '.join(map(repr, MODES))}")
         if options and not isinstance(drafter, str):
             raise UsageError(
                 f"options {sorted(options)} only go with a drafter's name; pass them to the drafter itself"
@@ -68,6 +75,7 @@ class Decoder(GenerateSurface):
         self.target.bind(self.drafter.needs | self.verifier.needs, self.drafter.wishes)
         self.drafter.bind(self.target)
         self.verifier.bind(self.target)
+        self.target.compile(compile)
         self.stats: GenerationStats | None = None
 
     @property
@@ -93,6 +101,7 @@ class Decoder(GenerateSurface):
         clock = Clock(self.target.device)
         everyone = list(state.rows)
         stats = self.stats = GenerationStats(self.drafter.name, self.verifier.name, self.lossless, len(everyone))
+        stats.compilation = str(self.target.compilation)
         stats.prompt_tokens = sum(len(row.tokens) for row in everyone)
         scratch_forwards = self.drafter.forwards
         self.drafter.begin(state)

@@ -40,6 +40,7 @@ class GenerationStats:
         drafter, verifier: names.
         lossless: the output is the target's own.
         rows: batch rows.
+        compilation: whether steps were compiled, or why not.
         prompt_tokens, new_tokens: over all rows.
         steps: every step, prefill chunks included.
         draft_forwards: forwards of models the drafter runs, if it counts them.
@@ -50,6 +51,7 @@ class GenerationStats:
     verifier: str
     lossless: bool
     rows: int
+    compilation: str = ""
     prompt_tokens: int = 0
     new_tokens: int = 0
     seconds: float = 0.0

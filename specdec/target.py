@@ -9,7 +9,7 @@ Shapes: B rows, C step columns, N nodes, Q probes, V vocabulary, d hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from specdec.cache import TreeCache
 from specdec.capability import Capability, detect
+from specdec.compiling import Compilation, Mode, compile_steps
 from specdec.errors import CompatibilityError, UsageError
 from specdec.structure import NOTHING, Head, Needs, ProbeColumns, Tap, Taps, text_config
 from specdec.tree import Proposal
@@ -99,6 +100,7 @@ class Target:
         lengths: committed columns per row.
         row_ids: the caller's names of the rows in the cache, in order.
         forwards: target forwards run by ``step``, and ``scratch_forwards`` by ``forward``.
+        compilation: whether steps are compiled, and why.
 
     Raises:
         CompatibilityError: tier "none", or needs that the model cannot meet.
@@ -115,6 +117,8 @@ class Target:
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.context: int | None = getattr(self.config, "max_position_embeddings", None)
         self.inputs = inspect.signature(model.forward).parameters  # names the model's forward takes
+        self.run: Callable[..., Any] = model  # what usual steps call; see ``compile``
+        self.compilation = Compilation("off", "not asked for")
         self._heads: Head | None = None
         self._taps: Taps | None = None
         self.forwards = self.scratch_forwards = 0
@@ -195,6 +199,16 @@ class Target:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 [..., V] of final hidden states [..., d], softcap and scale included."""
         return self.head(hidden)
+
+    def compile(self, mode: Mode) -> None:
+        """Compile the model's forward for the usual steps. Call it when the taps are bound.
+
+        Args:
+            mode: see ``compiling.compile_steps``, which also names the errors.
+        """
+        compiled, self.compilation = compile_steps(self, mode)
+        self.run = compiled or self.model
+        self.forwards = 0
 
     # ---- cache ----------------------------------------------------------------------------------------------
 
@@ -389,12 +403,15 @@ class Target:
                 inputs["attention_mask"] = self._mask(cache, block, positions, earlier)
         else:
             inputs["attention_mask"] = torch.ones(1, cache.width + columns, dtype=torch.long, device=self.device)
+        # a text's start and steps with pending tokens or probes have shapes that come once
+        usual = cache.width > 0 and keep == slice(0, columns)
+        run = self.run if usual else self.model
         if "logits_to_keep" in self.inputs:
             last = columns - keep.start if keep.stop == columns else None
             inputs["logits_to_keep"] = last or torch.arange(keep.start, keep.stop, device=self.device)
-            logits = self.model(**inputs).logits
+            logits = run(**inputs).logits
         else:
-            logits = self.model(**inputs).logits[:, keep]
+            logits = run(**inputs).logits[:, keep]
         cache.advance(columns)
         return logits
 

@@ -49,6 +49,7 @@ def bench(
         bool, typer.Option("--warm", help="Let learning drafters keep what earlier prompts taught.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of the methods, and of sampling.")] = 0,
+    compile_: common.Compile = "off",
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     out: Annotated[
@@ -64,7 +65,7 @@ def bench(
     DRAFTER.table=FILE) goes back to that file. Ctrl-C keeps what was measured, marked as partial.
     """
     temperatures = _temperatures(temperature)
-    common.check_loading(dtype, device)
+    common.check_loading(dtype, device, compile_)
     if warm and repeats > 1:
         raise UsageError(f"--warm with --repeats {repeats}: a repeated prompt is no longer new; use --repeats 1")
 
@@ -120,7 +121,7 @@ def bench(
             same = str(target.dtype).removeprefix("torch.")
             loaded_draft = common.load_model(draft, same, device, "--draft-model")
         measured = [choices[label] for label in chosen]
-        arms = _arms(target, tokenizer, measured, verifier, peers, loaded_draft, warm)
+        arms = _arms(target, tokenizer, measured, verifier, peers, loaded_draft, warm, compile_)
         settings = [Settings(max_new_tokens, t) for t in temperatures]
         harness = Harness(target, seed)
         try:
@@ -147,11 +148,13 @@ def bench(
                 "batch_size": batch_size,
                 "repeats": repeats,
                 "seed": seed,
+                "compile": compile_,
                 "state": "warm" if warm else "cold",
             },
             notes=[
                 *notes,
                 *(str(c) for c in measured if c.options or c.label != c.drafter),
+                *_compiled(arms, compile_),
                 *(f"{state}: {STATES[state]}" for state in dict.fromkeys(filter(None, states.values()))),
                 *cautions(rows, REFERENCE, str(target.dtype).removeprefix("torch.")),
             ],
@@ -207,6 +210,7 @@ def _arms(
     peers: Sequence[str],
     draft: PreTrainedModel | None,
     warm: bool,
+    compile_: str,
 ) -> list[Arm]:
     """Every method of the table, baselines first."""
     from specdec.bench.arms import DecoderArm
@@ -216,8 +220,25 @@ def _arms(
     arms: list[Arm] = []
     for choice in drafters:
         drafter = choice.make(draft=draft) if choice.drafter == "draft-model" else choice.make()
-        arms.append(DecoderArm(choice.label, Decoder(target, drafter, verifier, tokenizer=tokenizer), warm))
+        decoder = Decoder(target, drafter, verifier, tokenizer=tokenizer, compile=compile_)  # type: ignore[arg-type]
+        arms.append(DecoderArm(choice.label, decoder, warm))
     return [*(baseline(name, target, draft) for name in peers), *arms]
+
+
+def _compiled(arms: Sequence[Arm], asked: str) -> list[str]:
+    """What came of --compile, one line per outcome."""
+    from specdec.bench.arms import DecoderArm
+
+    if asked == "off":
+        return []
+    outcomes: dict[str, list[str]] = {}
+    for arm in arms:
+        if isinstance(arm, DecoderArm):
+            done = arm.decoder.target.compilation
+            outcomes.setdefault(
+                "compiled steps" if done.mode != "off" else f"no compiled steps ({done.reason})", []
+            ).append(arm.name)
+    return [f"{outcome}: {', '.join(names)}" for outcome, names in outcomes.items()]
 
 
 def _warm_up(

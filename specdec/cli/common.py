@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+COMPILE = ("off", "auto", "inductor")  # compiling.MODES, known before torch is imported
 
 Model = Annotated[str, typer.Argument(help="`tiny` (ships with specdec), a local folder, or a Hugging Face hub id.")]
 Dtype = Annotated[
@@ -34,6 +35,11 @@ Device = Annotated[str, typer.Option(help="auto (cuda where there is one), cpu o
 Draft = Annotated[
     str | None,
     typer.Option("--draft-model", help="Smaller model of the same tokenizer: folder or hub id. `tiny` brings its own."),
+]
+
+Compile = Annotated[
+    str,
+    typer.Option("--compile", help="off, auto (where it works) or inductor: steps through torch.compile."),
 ]
 
 Settings = Annotated[
@@ -279,8 +285,9 @@ def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
         raise UsageError(f"{option} {value!r}: unknown; {hint}")
 
 
-def check_loading(dtype: str, device: str) -> None:
-    """Check --dtype and --device before anything is loaded."""
+def check_loading(dtype: str, device: str, compile_: str = "off") -> None:
+    """Check --dtype, --device and --compile before anything is loaded."""
+    check_choice("--compile", compile_, COMPILE)
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--device", device, DEVICES)
     if device == "cuda":

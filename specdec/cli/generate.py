@@ -35,12 +35,13 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     show_accepted: Annotated[bool, typer.Option("--show-accepted", help="Colour drafted and accepted tokens.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print what it cost, on standard error.")] = False,
+    compile_: common.Compile = "off",
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Generate text, streamed as it is made."""
-    common.check_loading(dtype, device)
+    common.check_loading(dtype, device, compile_)
     if not 0 <= temperature < float("inf"):
         raise UsageError(f"--temperature {temperature}: give a number from 0 up; 0 is greedy")
     text, argument = _prompt(prompt, file)
@@ -66,7 +67,7 @@ def generate(
         inputs = _encode(tokenizer, text, chat, argument).to(target.device)
         length = inputs["input_ids"].shape[1]
         room = _room(target, length, max_new_tokens, argument)
-        decoder = Decoder(target, choice.make(**more), verifier, tokenizer=tokenizer)
+        decoder = Decoder(target, choice.make(**more), verifier, tokenizer=tokenizer, compile=compile_)  # type: ignore[arg-type]
         if seed is not None:
             torch.manual_seed(seed)
         stream = TextStream(tokenizer, None if json_ else out, colour=show_accepted)
@@ -138,6 +139,7 @@ def _show_stats(stats: GenerationStats) -> None:
     rows = [
         ("drafter, verifier", f"{stats.drafter}, {stats.verifier}"),
         ("lossless", "yes" if stats.lossless else "no"),
+        ("compiled steps", stats.compilation),
         ("prompt tokens", str(stats.prompt_tokens)),
         ("new tokens", str(stats.new_tokens)),
         ("target forwards", str(len(steps))),

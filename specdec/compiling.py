@@ -1,0 +1,119 @@
+"""Compiled steps: the model's own forward through torch.compile, for steps that follow a cached text.
+
+Widths and cache lengths are symbolic, so one graph serves all steps of a single column and one all wider ones: trees
+need no padding, and nothing is compiled again while the text grows. Prompts and probes run uncompiled, as their shapes
+come once. torch keeps compiled kernels on disk, so a second process waits less.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from specdec.errors import CompatibilityError
+from specdec.tree import DraftTree, Proposal, Topology
+
+if TYPE_CHECKING:
+    from specdec.target import Target
+
+Mode = Literal["off", "auto", "inductor"]
+MODES = get_args(Mode)
+
+# graphs per function before torch gives up on it and runs it uncompiled without a word; every batch size of one or
+# more, and every set of active taps, has its own
+_GRAPHS = 64
+_PREFIX = list(range(3, 11))
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """Whether steps are compiled.
+
+    Attributes:
+        mode: "inductor" or "off".
+        reason: why.
+        seconds: what compiling took; 0 if nothing was compiled.
+    """
+
+    mode: str
+    reason: str
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.mode}, {self.seconds:.1f} s once" if self.mode != "off" else f"off: {self.reason}"
+
+
+def compile_steps(target: Target, mode: Mode) -> tuple[Callable[..., Any] | None, Compilation]:
+    """A compiled stand-in for ``target.model``, tried and compared with it, or None with the reason.
+
+    Args:
+        target: with its taps installed.
+        mode: "inductor" compiles or fails; "auto" compiles where it can.
+
+    Raises:
+        CompatibilityError: "inductor", and this model cannot be compiled here.
+    """
+    if mode == "off":
+        return None, Compilation("off", "not asked for")
+    problem = _obstacle(target)
+    if problem is None:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+        compiled = torch.compile(target.model.forward, dynamic=True)
+        start = perf_counter()
+        problem = _try(target, compiled)
+        if problem is None:
+            done = Compilation("inductor", "its logits equal the uncompiled model's", perf_counter() - start)
+            return compiled, done
+    if mode == "auto":
+        return None, Compilation("off", problem)
+    raise CompatibilityError(f"compile={mode!r}: {problem}; use compile='off'")
+
+
+def _obstacle(target: Target) -> str | None:
+    """What stands in the way before anything is tried."""
+    if target.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        return "there is no C++ compiler, which torch.compile needs on a CPU (install g++)"
+    if target.capability.tier != "tree":
+        return f"models that take chains only run row by row: {target.capability.reason}"
+    if len(set(map(str, (getattr(target.model, "hf_device_map", None) or {}).values()))) > 1:
+        return "the model is spread over several devices"
+    return None
+
+
+def _try(target: Target, compiled: Callable[..., Any]) -> str | None:
+    """Compile what single rows need and compare; None when all is well."""
+    chain, tree = Topology.chain(0), Topology([-1, 0, 0])
+    try:
+        for topology in (chain, tree):
+            for length in (0, 1):  # a second length, so that lengths are symbolic from now on
+                want, got = (_logits(target, run, topology, length) for run in (target.model, compiled))
+                # as far apart as two kernels' roundings; a wrong mask or position is far outside
+                scale = float(want.abs().max())
+                off = float((got - want).abs().max()) / scale
+                if not off < (0.05 if want.dtype != torch.float32 else 1e-3):
+                    return f"compiled, its logits are off by {off:.2g} of their largest"
+    except Exception as error:  # compilers and foreign modelling code raise whatever they like
+        return f"compiling fails ({type(error).__name__}: {str(error).strip().splitlines()[0][:160]})"
+    return None
+
+
+def _logits(target: Target, run: Callable[..., Any], topology: Topology, longer: int) -> torch.Tensor:
+    """Logits [N, V] of a small tree after a cached text."""
+    text = np.array([t % target.vocab_size for t in (_PREFIX * 2)[: len(_PREFIX) + longer]])
+    tree = DraftTree(topology, np.array([t % target.vocab_size for t in (11, 12, 13)])[: len(topology)])
+    with target.session():
+        target.open([0], 64)
+        target.run = target.model
+        first = target.step([text], [Proposal(DraftTree.root(int(text[-1])))])
+        target.commit(first, [[]])
+        target.run = run
+        try:
+            return target.step([np.append(text, tree.tokens[0])], [Proposal(tree)]).logits[0].clone()
+        finally:
+            target.run = target.model

@@ -1,0 +1,82 @@
+"""Compiled steps: the same text, no compiler inside a request, and a reason wherever there are none."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from conftest import left_padded, new_tokens
+from tiny_models import tiny_gemma2, tiny_llama
+from torch._dynamo.utils import counters
+from transformers import BloomConfig, BloomForCausalLM
+
+from specdec import Decoder, compiling
+from specdec.cli import common
+from specdec.errors import CompatibilityError, UsageError
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+PROMPT = {"input_ids": torch.tensor([[5, 9, 33, 5, 9, 33, 5, 9]])}
+GREEDY = {"do_sample": False, "max_new_tokens": 60}
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma2])
+def test_compiled_steps_leave_the_text_alone_and_compile_nothing_more(make):
+    model = make()
+    want = new_tokens(model, PROMPT, **GREEDY)
+    decoders = {
+        name: Decoder(model, name, compile="inductor") for name in ("none", "suffix", "token-recycling", "lookahead")
+    }
+    for name, decoder in decoders.items():
+        assert decoder.target.compilation.mode == "inductor"
+        before = graphs()
+        for _ in range(2):
+            assert new_tokens(decoder, PROMPT, **GREEDY) == want, name
+        if name != "lookahead":  # its steps carry probes and run uncompiled
+            assert graphs() == before, f"{name}: a request waited for the compiler"
+        assert decoder.stats.compilation.startswith("inductor")
+    # rows of a batch, of different lengths
+    rows = left_padded([torch.tensor([5, 9, 33, 5, 9]), torch.tensor([7, 8])])
+    assert new_tokens(decoders["suffix"], rows, **GREEDY) == new_tokens(model, rows, **GREEDY)
+
+
+def test_auto_falls_back_with_the_reason(monkeypatch: pytest.MonkeyPatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such backend\nsecond line")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: broken)
+    decoder = Decoder(tiny_llama(), compile="auto")
+    assert decoder.target.compilation == compiling.Compilation("off", "compiling fails (RuntimeError: no such backend)")
+    assert new_tokens(decoder, PROMPT, **GREEDY) == new_tokens(decoder.model, PROMPT, **GREEDY)
+    with pytest.raises(CompatibilityError, match=r"no such backend.*use compile='off'"):
+        Decoder(tiny_llama(), compile="inductor")
+
+
+def test_wrong_logits_are_noticed(monkeypatch: pytest.MonkeyPatch):
+    def slightly_wrong(forward, **kwargs):
+        def run(**inputs):
+            output = forward(**inputs)
+            output.logits = output.logits.roll(1, dims=1) if output.logits.shape[1] > 1 else output.logits
+            return output
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", slightly_wrong)
+    assert "its logits are off by" in Decoder(tiny_llama(), compile="auto").target.compilation.reason
+
+
+def test_what_stands_in_the_way_is_said(monkeypatch: pytest.MonkeyPatch):
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)).eval()
+    assert "row by row" in Decoder(bloom, compile="auto").target.compilation.reason
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "C++ compiler" in Decoder(tiny_llama(), compile="auto").target.compilation.reason
+
+
+def test_an_unknown_mode_is_refused_before_anything_else():
+    with pytest.raises(UsageError, match="compile='graph' must be one of 'off', 'auto', 'inductor'"):
+        Decoder(tiny_llama(), compile="graph")
+    assert common.COMPILE == compiling.MODES
