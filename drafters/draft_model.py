@@ -74,7 +74,7 @@ class DraftModel(Drafter):
         model = self._source
         if not isinstance(model, PreTrainedModel):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=target.model.dtype).to(target.device).eval()
-        draft = Target(model)
+        draft = Target(model, compile_mode=target.compile_mode)
         if draft.vocab_size != target.vocab_size and not self.same_tokenizer:
             raise CompatibilityError(
                 f"draft: its vocabulary has {draft.vocab_size} tokens, the target's {target.vocab_size}; use a draft "
@@ -82,6 +82,7 @@ class DraftModel(Drafter):
             )
         if draft.capability.tier != "tree" and max(self.factors) > 1:
             raise CompatibilityError(f"branching={self.factors} needs a tree-capable draft: {draft.capability.reason}")
+        draft.compile()
         self._draft, self._vocab = draft, target.vocab_size
 
     def begin(self, state: DecodeState) -> None:

@@ -34,9 +34,9 @@ class Decoder(GenerateSurface):
         verifier: a name or a ``Verifier``.
         tokenizer: only needed for ``stop_strings``, and to save or load tables.
         prefill_chunk: prompt tokens per forward.
-        compile: "inductor" puts the target's forward through torch.compile (tens of seconds once, less when torch finds
-            its kernels on disk; rows decoded together are compiled when they first come); "auto" does so where it can;
-            ``target.compilation`` tells what came of it.
+        compile: "inductor" puts the forward of the target, and of a draft model, through torch.compile: tens of seconds
+            once, less when torch finds its kernels on disk; rows decoded together are compiled when they first come.
+            "auto" does so where it can; ``target.compilation`` tells what came of it.
         options: passed to the named drafter.
 
     Attributes:
@@ -71,11 +71,11 @@ class Decoder(GenerateSurface):
         self.verifier = registry.verifier(verifier) if isinstance(verifier, str) else verifier
         self.tokenizer = tokenizer
         self.prefill_chunk = prefill_chunk
-        self.target = Target(model, tokenizer=tokenizer)
+        self.target = Target(model, tokenizer=tokenizer, compile_mode=compile)
         self.target.bind(self.drafter.needs | self.verifier.needs, self.drafter.wishes)
         self.drafter.bind(self.target)
         self.verifier.bind(self.target)
-        self.target.compile(compile)
+        self.target.compile()
         self.stats: GenerationStats | None = None
 
     @property

@@ -93,6 +93,7 @@ class Target:
         model: in eval mode.
         needs: hidden states to tap and layers to hook.
         tokenizer: the model's, for drafters that keep files of token ids.
+        compile_mode: see ``compiling.compile_steps``.
 
     Attributes:
         capability: tier ("tree", "chain", "none") and the reason, and whether steps run on the kernel.
@@ -107,10 +108,12 @@ class Target:
         UsageError: the model is in training mode.
     """
 
-    def __init__(self, model: PreTrainedModel, needs: Needs = NOTHING, tokenizer: Any = None):
+    def __init__(
+        self, model: PreTrainedModel, needs: Needs = NOTHING, tokenizer: Any = None, compile_mode: Mode = "off"
+    ):
         if model.training:
             raise UsageError("model is in training mode, dropout would change its text; call model.eval() first")
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.compile_mode = model, tokenizer, compile_mode
         self.config = text_config(model)
         self.vocab_size: int = self.config.vocab_size
         # the caller's tokens go to the embedding; with a device map it may be elsewhere than model.device
@@ -200,13 +203,13 @@ class Target:
         """Logits float32 [..., V] of final hidden states [..., d], softcap and scale included."""
         return self.head(hidden)
 
-    def compile(self, mode: Mode) -> None:
-        """Compile the model's forward for the usual steps. Call it when the taps are bound.
+    def compile(self) -> None:
+        """Compile the model's forward for the usual steps, as ``compile_mode`` says. Call it when the taps are bound.
 
-        Args:
-            mode: see ``compiling.compile_steps``, which also names the errors.
+        Raises:
+            CompatibilityError: see ``compiling.compile_steps``.
         """
-        compiled, self.compilation = compile_steps(self, mode)
+        compiled, self.compilation = compile_steps(self, self.compile_mode)
         self.run = compiled or self.model
         self.forwards = 0
 
@@ -347,7 +350,8 @@ class Target:
         rows, lone = len(tokens), asked[0]
         if rows == 1 and lone and lone.tree and not pending[0] and not lone.probes:  # the usual step, made quick
             positions = cache.lengths[0] + lone.tree.topology.depth
-            return _Columns(lone.tree.tokens[None], positions[None], None, 0, len(lone.tree))
+            # reshape and not [None], whose stride of 0 a compiled forward would take for another kind of input
+            return _Columns(lone.tree.tokens.reshape(1, -1), positions.reshape(1, -1), None, 0, len(lone.tree))
         width_p = max(pending)
         width_n = max(len(p.tree) if p and p.tree else 0 for p in asked)
         width_q = max(len(p.probes) if p and p.probes else 0 for p in asked)

@@ -44,6 +44,15 @@ def test_compiled_steps_leave_the_text_alone_and_compile_nothing_more(make):
     assert new_tokens(decoders["suffix"], rows, **GREEDY) == new_tokens(model, rows, **GREEDY)
 
 
+def test_a_draft_model_is_compiled_too():
+    model = tiny_llama()
+    decoder = Decoder(model, "draft-model", draft=tiny_llama(seed=1), branching=(2, 2, 1), compile="inductor")
+    assert decoder.drafter.draft.compilation.mode == "inductor"
+    before = graphs()
+    assert new_tokens(decoder, PROMPT, **GREEDY) == new_tokens(model, PROMPT, **GREEDY)
+    assert graphs() == before
+
+
 def test_auto_falls_back_with_the_reason(monkeypatch: pytest.MonkeyPatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no such backend\nsecond line")
