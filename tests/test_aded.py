@@ -703,7 +703,7 @@ class TestDrafter:
             Aded(**options)
 
     def test_a_corpus_in_other_ids_is_refused(self):
-        with pytest.raises(UsageError, match=r"ids 1\.\.99, the target has 40"):
+        with pytest.raises(UsageError, match=r"ids 1\.\.99 are not all in 0\.\.39"):
             bound().learn(ids([1, 2, 99]))
 
     def test_nothing_is_compiled_inside_a_request(self):
