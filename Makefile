@@ -33,6 +33,7 @@ slow: .venv/.ready  ## the proofs that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
 COLD := none,prompt-lookup,token-recycling,aded,suffix,hybrid,lookahead,jacobi,draft-model
+COMPILED := none,prompt-lookup,token-recycling,aded,suffix,hybrid,draft-model
 WARM := token-recycling,aded,suffix,hybrid,lookahead
 results: .venv/.ready  ## the README's figures: all 48 prompts, into bench/results (leave the machine alone meanwhile)
 	for t in 0 1; do \
@@ -40,7 +41,10 @@ results: .venv/.ready  ## the README's figures: all 48 prompts, into bench/resul
 	  $(BIN)/specdec bench tiny --temperature $$t --drafters $(WARM) --baselines hf-generate --warm \
 	    --out $(RESULTS)/warm-$$t || exit 1; \
 	done
-	$(BIN)/python -m specdec.bench.readme README.md $(foreach t,0 1,$(RESULTS)/cold-$(t)/results.md $(RESULTS)/warm-$(t)/results.md)
+	$(BIN)/specdec bench tiny --temperature 0,1 --compile inductor --drafters $(COMPILED) --baselines hf-generate \
+	  --out $(RESULTS)/compiled
+	$(BIN)/python -m specdec.bench.readme README.md \
+	  $(patsubst %,$(RESULTS)/%/results.md,cold-0 warm-0 cold-1 warm-1 compiled)
 
 docs: .venv/.ready  ## regenerate docs/families.md from its test
 	SPECDEC_WRITE_DOCS=1 $(BIN)/pytest tests/test_families.py

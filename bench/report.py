@@ -97,7 +97,8 @@ def _titles(report: Report) -> list[tuple[str, list[Row]]]:
     for t in temperatures:
         rows = [row for row in report.rows if row.temperature == t]
         what = f"{s['model']}, {'greedy' if t == 0 else f'temperature {t:g}'}, {rows[0].prompts} prompts"
-        titles.append((f"{what}, up to {s['max_new_tokens']} tokens, batch {s['batch_size']}{cut}", rows))
+        how = ", warm" * (s["state"] == "warm") + ", compiled steps" * (s["compile"] != "off")
+        titles.append((f"{what}, up to {s['max_new_tokens']} tokens, batch {s['batch_size']}{how}{cut}", rows))
     return titles
 
 

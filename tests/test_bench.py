@@ -335,7 +335,7 @@ def test_bytes_that_are_not_text_are_named_by_their_line(tmp_path: Path):
 def a_report(model) -> tuple[reports.Report, list[Record]]:
     records = [record(a, g, seconds=s, temperature=t) for t in (0.0, 1.0) for g in (0, 1) for a, s in
                (("hf-generate", 2.0), ("x", 1.0))]  # fmt: skip
-    settings = {"model": "m", "max_new_tokens": 5, "batch_size": 1}
+    settings = {"model": "m", "max_new_tokens": 5, "batch_size": 1, "state": "cold", "compile": "off"}
     return reports.Report(list(rows_of(records).values()), environment(model, "m"), settings, ["a note"]), records
 
 
