@@ -99,7 +99,8 @@ def _try(target: Target, compiled: Callable[..., Any]) -> str | None:
                 if not off < (0.05 if want.dtype != torch.float32 else 1e-3):
                     return f"compiled, its logits are off by {off:.2g} of their largest"
     except Exception as error:  # compilers and foreign modelling code raise whatever they like
-        return f"compiling fails ({type(error).__name__}: {str(error).strip().splitlines()[0][:160]})"
+        first = next(iter(str(error).strip().splitlines()), "no message")
+        return f"compiling fails ({type(error).__name__}: {first[:160]})"
     return None
 
 

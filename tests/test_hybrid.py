@@ -214,6 +214,16 @@ def test_members_hear_of_every_step_even_when_others_were_right():
     assert sum(n for step in heard for n in step) == 80
 
 
+def test_binding_again_keeps_what_was_learned():
+    model = tiny_llama()
+    first = Decoder(model, "hybrid", members=["prompt-lookup", "token-recycling"])
+    first.generate(IDS, do_sample=False, max_new_tokens=40)
+    second = Decoder(model, first.drafter)
+    assert second.drafter.warm
+    second.generate(IDS, do_sample=False, max_new_tokens=40)
+    assert second.stats.mat > first.stats.mat
+
+
 def test_reset_forgets_what_was_learned():
     decoder = Decoder(tiny_llama(), "hybrid", members=["prompt-lookup", "token-recycling"])
     assert not decoder.drafter.warm

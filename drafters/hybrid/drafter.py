@@ -60,6 +60,7 @@ class Hybrid(Drafter):
         self._chosen = members
         self.members = [m if isinstance(m, Drafter) else self._make(m, size or GPU_SIZE) for m in members]
         self._check()
+        self.mixture = Mixture(len(self.members))
         self.budget = size or GPU_SIZE
 
     def _make(self, name: str, size: int) -> Drafter:
@@ -84,14 +85,14 @@ class Hybrid(Drafter):
 
     def bind(self, target: Target) -> None:
         gpu = target.device.type == "cuda"
-        self.budget = self.size or (GPU_SIZE if gpu else CPU_SIZE)
-        if self.size is None:  # now that the device is known
+        size = self.size or (GPU_SIZE if gpu else CPU_SIZE)
+        if size != self.budget:  # now that the device is known; what they have learned stays when bound again
             pairs = zip(self._chosen, self.members, strict=True)
-            self.members = [self._make(c, self.budget) if isinstance(c, str) else m for c, m in pairs]
+            self.members = [self._make(c, size) if isinstance(c, str) else m for c, m in pairs]
+            self.budget = size
         self._floor = self.min_prob if self.min_prob is not None else (GPU_FLOOR if gpu else CPU_FLOOR)
         for member in self.members:
             member.bind(target)
-        self.mixture = Mixture(len(self.members))
         self._compile()
 
     def _compile(self) -> None:
