@@ -20,7 +20,7 @@ from transformers import (
 
 from specdec import Decoder
 from specdec.drafters.draft_model import DraftModel
-from specdec.sampling import Sampler
+from specdec.sampling import Randomness, Sampler
 from specdec.state import DecodeState, Row
 from specdec.target import StepOutput
 from specdec.tree import DraftTree, Law, Proposal, Topology
@@ -301,3 +301,12 @@ def test_chi_square_rejects_a_biased_verifier(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(standard, "choose", biased)
     decoder = Decoder(model, "draft-model", draft=draft, branching=(3, 1))
     assert p_value(decoder, model, torch.tensor([[5, 9, 2]]), 2000, temperature=0.9, top_k=24) < 1e-6
+
+
+def test_a_draw_has_the_law_it_is_given():
+    p = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
+    randomness = Randomness(3)
+    counts = np.bincount([randomness.draw(p) for _ in range(6000)], minlength=6)
+    assert not counts[[0, 2, 5]].any(), "a token of probability 0 was drawn"
+    assert chisquare(counts[[1, 3, 4]], 6000 * p[[1, 3, 4]].double().numpy() / p.double().sum().item()).pvalue > 1e-4
+    assert {randomness.draw(torch.tensor([0.0, 1.0, 0.0])) for _ in range(50)} == {1}
