@@ -23,28 +23,30 @@ from specdec.training.data import read_sources
 from specdec.training.recipe import load_recipe
 
 
-def rank_counts(decoder: Decoder, prompts: list[torch.Tensor], max_new_tokens: int) -> np.ndarray:
+def rank_counts(decoder: Decoder, prompts: list[torch.Tensor], max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Steps at which the accepted child of the root had rank 0..k-1, and (last) at which none was: int64 [k + 1].
 
-    The table is forgotten between prompts, as in ``specdec bench``; steps at an unseen root are left out.
+    First for roots whose row is known, then for roots never met, below which the commonest tokens stand. The table is
+    forgotten between prompts, as in ``specdec bench``.
     """
     drafter = decoder.drafter
     assert isinstance(drafter, TokenRecycling)
     k = drafter.k
-    counts = np.zeros(k + 1, dtype=np.int64)
+    counts, common = np.zeros((2, k + 1), dtype=np.int64)
     observe = drafter.observe
 
     def count(state, proposals, output, verdicts) -> None:  # type: ignore[no-untyped-def]
         tree, verdict = proposals[0].tree, verdicts[0]
-        if drafter.table.seen[tree.tokens[0]] and verdict.emitted:
-            counts[verdict.path[0] - 1 if verdict.path else k] += 1
+        if len(tree) > 1 and verdict.emitted:
+            kind = counts if drafter.table.seen[tree.tokens[0]] else common
+            kind[verdict.path[0] - 1 if verdict.path else k] += 1
         observe(state, proposals, output, verdicts)
 
     drafter.observe = count  # type: ignore[method-assign]
     for ids in prompts:
         drafter.reset()
         decoder.generate(ids[None], do_sample=False, max_new_tokens=max_new_tokens)
-    return counts
+    return counts, common
 
 
 def main(
@@ -52,7 +54,7 @@ def main(
     each: Annotated[int, typer.Option(help="Prompts per source.")] = 6,
     max_new_tokens: Annotated[int, typer.Option()] = 96,
 ) -> None:
-    """Print the tuple for ``RANK_ACCEPTANCE`` in drafters/token_recycling/trees.py."""
+    """Print ``RANK_ACCEPTANCE`` and ``COMMON_ACCEPTANCE`` for drafters/token_recycling/trees.py."""
     model, tokenizer = zoo.load("tiny", dtype=torch.float32)
     pick = random.Random(0)
     prompts = []
@@ -62,11 +64,12 @@ def main(
             prompts.append(ids[: max(8, min(len(ids) // 2, 256))])
     # a root with its 8 ranks and nothing below: every step asks for the rank alone
     decoder = Decoder(model, TokenRecycling(paths=[(), *((rank,) for rank in range(8))]))
-    counts = rank_counts(decoder, prompts, max_new_tokens)
+    counts, common = rank_counts(decoder, prompts, max_new_tokens)
     # a template tries ranks in order, so the measured shares are made non-increasing
     shares = isotonic_regression(counts[:-1] / counts.sum(), increasing=False).x
     print(f"{counts.sum()} steps on {len(prompts)} prompts; none of the 8: {counts[-1] / counts.sum():.3f}")
     print("RANK_ACCEPTANCE = (" + ", ".join(f"{share:.3f}" for share in shares) + ")")
+    print(f"COMMON_ACCEPTANCE = {common[:-1].sum() / common.sum() / (len(common) - 1):.3f}  # {common.sum()} steps")
 
 
 if __name__ == "__main__":

@@ -131,17 +131,18 @@ class Simulation:
         vocab_size: V.
         seed: of the text.
         asked: how many of the likeliest tokens the drafter is going to ask for, where that is known.
+        words: how many different ones the text has; few make full trees. None: all V.
 
     Raises:
         NeedsModel: here or in ``step``: the drafter cannot run like this.
     """
 
-    def __init__(self, drafter: Drafter, vocab_size: int, seed: int = 0, asked: int = 0):
+    def __init__(self, drafter: Drafter, vocab_size: int, seed: int = 0, asked: int = 0, words: int | None = None):
         if drafter.needs:
             raise NeedsModel("it reads the model's hidden states")
         self.drafter, self.target = drafter, StandIn(vocab_size)
         drafter.bind(self.target)  # type: ignore[arg-type]
-        self._text = Text(vocab_size, seed)
+        self._text = Text(min(words or vocab_size, vocab_size), seed)
         generator = torch.Generator().manual_seed(seed)
         self._logits = torch.rand(1, drafter.budget, vocab_size, generator=generator)
         self._state: DecodeState | None = None
@@ -296,6 +297,7 @@ def measure(
     steps: int,
     plain_step: float,
     seed: int = 0,
+    words: int | None = None,
 ) -> Measured:
     """Run ``steps`` steps, after a rehearsal on a small vocabulary in which everything is compiled.
 
@@ -306,6 +308,7 @@ def measure(
         steps: at least 1.
         plain_step: seconds, of ``PlainStep``.
         seed: of the text.
+        words: see ``Simulation``.
 
     Raises:
         NeedsModel: the drafter cannot run without a model.
@@ -318,7 +321,7 @@ def measure(
     gc.collect()
     _give_back()
     before = resident()
-    simulation = Simulation(make(), vocab_size, seed, asked)
+    simulation = Simulation(make(), vocab_size, seed, asked, words)
     done = [simulation.step() for _ in range(steps)]
     after = resident()
     logits = simulation._logits.nbytes  # not the drafter's

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from specdec.errors import first_line
 from specdec.tree import DraftTree, Proposal, Topology
 from specdec.tree_attention.registration import supported
 
@@ -126,7 +127,7 @@ def _try(target: Target, topology: Topology, tokens: list[int], want: torch.Tens
             got = target.step([committed], [Proposal(tree)]).logits[0].float()
             off = float((got - want).abs().max())
     except Exception as error:  # foreign modelling code: whatever it raises is the answer
-        return f"the draft's forward fails ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        return f"the draft's forward fails ({first_line(error, 120)})"
     if not off < tolerance:  # NaN included
         return f"its logits are off by {off:.2g}"
     return None

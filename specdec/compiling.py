@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 
-from specdec.errors import CompatibilityError
+from specdec.errors import CompatibilityError, first_line
 from specdec.tree import DraftTree, Proposal, Topology
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def _try(target: Target, compiled: Callable[..., Any]) -> str | None:
                 if not off < (0.05 if want.dtype != torch.float32 else 1e-3):
                     return f"compiled, its logits are off by {off:.2g} of their largest"
     except Exception as error:  # compilers and foreign modelling code raise whatever they like
-        first = next(iter(str(error).strip().splitlines()), "no message")
-        return f"compiling fails ({type(error).__name__}: {first[:160]})"
+        return f"compiling fails ({first_line(error)})"
     return None
 
 

@@ -353,6 +353,7 @@ def test_bench_tables_prints_json_and_writes_its_files(tmp_path: Path):
         assert all(0 <= low <= high for low, high in (row["propose"], row["observe"]))
     assert report["partial"] is False
     assert report["skipped"] == {}
+    assert report["settings"]["words"] is None
     assert report["settings"]["drafters"]["k4"] == {"drafter": "token-recycling", "options": {"k": 4}}
     assert report["environment"]["cpu"]
     assert json.loads((tmp_path / "tables.json").read_text()) == report
@@ -398,3 +399,9 @@ def test_an_interrupted_table_shows_what_it_has(monkeypatch):
 ])  # fmt: skip
 def test_bad_arguments_of_bench_tables(args: list[str], says: tuple[str, ...]):
     fails("bench-tables", *args, says=says)
+
+
+def test_a_text_of_few_words_makes_full_trees():
+    full = ("--drafters", "aded", "--size", "32", "--set", "aded.min_prob=0", "--json")
+    nodes = [json.loads(run(*TABLES, *full, *words).stdout)["rows"][0]["nodes"] for words in ((), ("--words", "8"))]
+    assert nodes[1] > 2 * nodes[0]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from specdec.errors import CompatibilityError
+from specdec.errors import CompatibilityError, first_line
 from specdec.tree_attention import reference
 from specdec.tree_attention.compact import works
 from specdec.tree_attention.config import Chip, Config, tiles, unavailable
@@ -149,7 +149,7 @@ def _trial(
                 try:
                     got = tree_attention(query, key, value, step, config=config, **options).double()
                 except Exception as error:  # a compiler or driver: whatever it raises is the reason
-                    return f"it does not run here ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+                    return f"it does not run here ({first_line(error)})"
                 off = float((got - want).abs().max() / want.abs().max())
                 if not off < (1e-4 if dtype == torch.float32 else 2e-2):  # NaN included
                     return f"its results are off by {off:.2g} on this device"

@@ -43,7 +43,6 @@ class TokenRecycling(TableDrafter[AdjacencyTable]):
 
     name = "token-recycling"
     summary = "a table of the successors the target last predicted after each token"
-    reads_scores = True
     wishes = Needs(final_hidden=True)
 
     def __init__(

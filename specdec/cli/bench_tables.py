@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Sequence
@@ -47,6 +46,10 @@ def bench_tables(
     vocab: Annotated[str, typer.Option(help="Sizes of the vocabulary, comma list.")] = "8192,32768,131072,151936",
     size: Annotated[str, typer.Option(help="Tree sizes, for drafters that have the option.")] = "8,16,32,64,128",
     steps: Annotated[int, typer.Option(min=1, help="Steps per row of the table.")] = 2000,
+    words: Annotated[
+        int | None,
+        typer.Option(min=8, help="Different words of the made-up text; few make full trees. None: all."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the made-up text.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for tables.json and tables.md.")] = None,
     json_: Annotated[
@@ -83,7 +86,7 @@ def bench_tables(
         prepare_folder(out)
     jobs: list[tuple[common.Choice, int, int | None]] = []
     for choice in choices:
-        sized = "size" in inspect.signature(registry.drafter_class(choice.drafter)).parameters
+        sized = "size" in registry.options(registry.drafter_class(choice.drafter))
         chosen: Sequence[int | None] = sizes if sized and "size" not in choice.options else [choice.options.get("size")]
         jobs += [(choice, v, s) for v in vocabularies for s in chosen]
     common.quiet()
@@ -101,7 +104,7 @@ def bench_tables(
                         continue
                     sized_choice = choice if s is None else choice.with_options(size=s)
                     try:
-                        rows.append(measure(choice.label, sized_choice.make, v, s, steps, plain.seconds(), seed))
+                        rows.append(measure(choice.label, sized_choice.make, v, s, steps, plain.seconds(), seed, words))
                     except NeedsModel as error:
                         skip(choice.label, str(error))
         except KeyboardInterrupt:
@@ -113,6 +116,7 @@ def bench_tables(
             "settings": {
                 "drafters": {c.label: {"drafter": c.drafter, "options": c.options} for c in choices},
                 "vocab": vocabularies,
+                "words": words,
                 "size": sizes,
                 "steps": steps,
                 "seed": seed,

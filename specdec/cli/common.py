@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, Union, get_ar
 import typer
 from rich.console import Console
 
-from specdec.errors import UsageError
+from specdec.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +100,7 @@ def load_tokenizer(name: str, argument: str = "MODEL") -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
     except Exception as error:
         raise UsageError(
-            f"{argument} {name!r}: its tokenizer cannot be read ({_first_line(error)}); save the tokenizer into the "
+            f"{argument} {name!r}: its tokenizer cannot be read ({first_line(error)}); save the tokenizer into the "
             "model's folder with tokenizer.save_pretrained"
         ) from error
     return tokenizer
@@ -412,17 +412,12 @@ def _unreadable(name: str, source: str, argument: str, error: Exception) -> Usag
 
     if Path(source).is_dir():
         return UsageError(
-            f"{argument} {name!r}: the checkpoint cannot be read ({_first_line(error)}); weights may be missing or "
+            f"{argument} {name!r}: the checkpoint cannot be read ({first_line(error)}); weights may be missing or "
             "damaged, download or save it again"
         )
     close = difflib.get_close_matches(name, zoo.names(), n=1)
     hint = f"did you mean {close[0]}? or " if close else ""
     return UsageError(
         f"{argument} {name!r}: {hint}no folder of that name, and the Hugging Face hub did not give it "
-        f"({_first_line(error)})"
+        f"({first_line(error)})"
     )
-
-
-def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__

@@ -120,8 +120,6 @@ def merge(
     """Put several tables of one drafter into one; where two of them disagree, earlier files come first."""
     common.check_loading(dtype, device)
 
-    import inspect
-
     from specdec import registry
     from specdec.decoder import Decoder
     from specdec.tables import store
@@ -131,7 +129,7 @@ def merge(
     headers = [store.header(file) for file in files]
     kind = headers[0]["kind"]
     _check_keeps_table(kind)
-    known = inspect.signature(registry.drafter_class(kind)).parameters
+    known = registry.options(registry.drafter_class(kind))
     # a table only fits the options it was made with, and carries them among its facts
     options = {name: value for name, value in headers[0]["facts"].items() if name in known}
     for file, header in zip(files, headers, strict=True):

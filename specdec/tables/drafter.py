@@ -55,7 +55,6 @@ class TableDrafter(Drafter, Generic[T]):
     """
 
     training: ClassVar[str] = "online"
-    reads_scores: ClassVar[bool] = False  # learn() runs the target over the text
     _target: Target
 
     def __init__(self, scope: Literal["shared", "request"] = "shared", table: str | Path | None = None):
