@@ -56,7 +56,7 @@ class Drafter(ABC):
     forwards: int = 0
 
     def bind(self, target: Target) -> None:
-        """Check that this target can be served.
+        """Check that this target can be served. ``needs`` and ``wishes`` are read afterwards.
 
         Raises:
             CompatibilityError: it cannot; one message with the reason.

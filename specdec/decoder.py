@@ -72,9 +72,9 @@ class Decoder(GenerateSurface):
         self.tokenizer = tokenizer
         self.prefill_chunk = prefill_chunk
         self.target = Target(model, tokenizer=tokenizer, compile_mode=compile)
-        self.target.bind(self.drafter.needs | self.verifier.needs, self.drafter.wishes)
         self.drafter.bind(self.target)
         self.verifier.bind(self.target)
+        self.target.bind(self.drafter.needs | self.verifier.needs, self.drafter.wishes)
         self.target.compile()
         self.stats: GenerationStats | None = None
 

@@ -205,6 +205,8 @@ class Head:
 
     Attributes:
         final: the module whose output the head reads, or None.
+        module: the head itself.
+        scale, cap: what happens to its logits; cap is None where nothing squashes them.
 
     Raises:
         CompatibilityError: the model's logits are not softcap(scale * head(hidden)).
@@ -214,7 +216,7 @@ class Head:
         head = model.get_output_embeddings()
         if head is None:
             raise CompatibilityError(f"{type(model).__name__} has no output embeddings to compute logits with")
-        self._head = head
+        self.module = head
         outputs: list[tuple[nn.Module, torch.Tensor]] = []
         inputs: list[torch.Tensor] = []
 
@@ -235,11 +237,11 @@ class Head:
         raw = head(hidden).float()
         # softcap first squashes, so its inverse is compared; no softcap: the identity
         cap = getattr(text_config(model), "final_logit_softcapping", None)
-        self._cap = float(cap) if cap and not torch.allclose(logits, raw, rtol=1e-3, atol=1e-4) else None
-        flat = torch.atanh((logits / self._cap).clamp(-0.999, 0.999)) * self._cap if self._cap else logits
-        self._scale = float((flat * raw).sum() / (raw * raw).sum())
-        if abs(self._scale - 1) < 1e-3:
-            self._scale = 1.0
+        self.cap = float(cap) if cap and not torch.allclose(logits, raw, rtol=1e-3, atol=1e-4) else None
+        flat = torch.atanh((logits / self.cap).clamp(-0.999, 0.999)) * self.cap if self.cap else logits
+        self.scale = float((flat * raw).sum() / (raw * raw).sum())
+        if abs(self.scale - 1) < 1e-3:
+            self.scale = 1.0
         error = (self(hidden) - logits).abs().max()
         if error > 1e-2 * logits.abs().max():
             raise CompatibilityError(
@@ -250,7 +252,7 @@ class Head:
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 [..., V] of final hidden states [..., d]."""
-        logits = self._head(hidden).float()
-        if self._scale != 1.0:
-            logits = logits * self._scale
-        return torch.tanh(logits / self._cap) * self._cap if self._cap else logits
+        logits = self.module(hidden).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits

@@ -458,6 +458,29 @@ class Target:
         output.kept = kept
         return kept
 
+    # ---- whole texts, for training ------------------------------------------------------------------------------
+
+    def read(self, ids: torch.Tensor, needs: Needs) -> dict[Tap, torch.Tensor]:
+        """Hidden states of whole texts in one forward without a cache, and without gradients.
+
+        Args:
+            ids: int64 [B, S]; padding, if any, on the right, where a causal model's real tokens do not see it.
+            needs: what to tap; hooks are not run.
+
+        Returns:
+            tap -> [B, S, d].
+        """
+        needs = Needs(needs.final_hidden, needs.pre_norm_hidden, needs.layers)
+        taps = Taps(self.model, needs, self.head.final)
+        inputs: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self.inputs else {}
+        try:
+            taps.start([])
+            with torch.no_grad():
+                self.model(input_ids=ids.to(self.device), use_cache=False, **inputs)
+            return taps.stop()
+        finally:
+            taps.remove()
+
     # ---- scratch forwards, for drafters that are models themselves --------------------------------------------
 
     @contextmanager

@@ -5,13 +5,9 @@ A template is a list of paths, each a tuple of ranks; node i's parent is its pat
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
 from functools import cache
 
-import numpy as np
-
-from specdec.errors import UsageError
+from specdec.templates import Paths, Template, best_first, from_paths
 
 # The published 81-node tree "2.2.2": path of the parent -> number of children, always ranks 0..n-1.
 _PUBLISHED = {
@@ -34,41 +30,18 @@ CPU_SIZE = 8  # fastest of 5, 8, 12 and 16 nodes on two cores with the embedded 
 
 
 @cache
-def template(size: int, k: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """A template of ``size`` nodes, root included, as (parents int64 [N], ranks int64 [N]).
+def template(size: int, k: int = 8) -> Template:
+    """A template of ``size`` nodes, root included.
 
-    81 is the published tree. Other sizes take the nodes most likely to be accepted, where a path of ranks
-    (r1, r2, ...) has probability a[r1] * a[r2] * ...; ties go to the shallower node.
+    81 is the published tree. Other sizes take the nodes most likely to be accepted, every depth alike.
     """
-    if size < 1:
-        raise UsageError(f"tree size {size} must be at least 1 (the root alone)")
-    return from_paths(_published() if size == PUBLISHED_SIZE and k >= 8 else _best_first(size, k))
+    if size == PUBLISHED_SIZE and k >= 8:
+        return from_paths(_published())
+    return best_first([RANK_ACCEPTANCE[:k]] * size, size)
 
 
-def from_paths(paths: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
-    """A template from paths of ranks, the root's () first, parents before children."""
-    number = {path: i for i, path in enumerate(paths)}
-    for i, path in enumerate(paths):
-        if bool(path) is (i == 0) or number.get(path[:-1], i) > i:
-            raise UsageError(f"paths[{i}] = {path}: the root () comes first, and every path after its parent")
-    parents = np.array([-1] + [number[path[:-1]] for path in paths[1:]], dtype=np.int64)
-    ranks = np.array([0] + [path[-1] for path in paths[1:]], dtype=np.int64)
-    return parents, ranks
-
-
-def _published() -> list[tuple[int, ...]]:
+def _published() -> Paths:
     paths = [""]
     for path in paths:  # grows while it is read: breadth first
         paths += [path + str(rank) for rank in range(_PUBLISHED.get(path, 0))]
     return [tuple(map(int, path)) for path in paths]
-
-
-def _best_first(size: int, k: int) -> list[tuple[int, ...]]:
-    paths: list[tuple[int, ...]] = []
-    heap: list[tuple[float, int, tuple[int, ...]]] = [(-1.0, 0, ())]
-    while len(paths) < size:
-        chance, depth, path = heapq.heappop(heap)
-        paths.append(path)
-        for rank in range(min(k, len(RANK_ACCEPTANCE))):
-            heapq.heappush(heap, (chance * RANK_ACCEPTANCE[rank], depth + 1, (*path, rank)))
-    return sorted(paths, key=lambda path: (len(path), path))

@@ -12,11 +12,12 @@ from typer.core import TyperGroup
 from specdec.cli.bench import bench
 from specdec.cli.bench_tables import bench_tables
 from specdec.cli.common import one_line
+from specdec.cli.distill import distill
 from specdec.cli.doctor import doctor
 from specdec.cli.generate import generate
 from specdec.cli.listing import list_methods
 from specdec.cli.table import table_app
-from specdec.cli.train import train_app
+from specdec.cli.train_heads import train_app
 
 
 class Commands(TyperGroup):
@@ -50,6 +51,7 @@ app = typer.Typer(
 app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("bench-tables")(bench_tables)
+app.command("distill")(distill)
 app.command("doctor")(doctor)
 app.command("list")(list_methods)
 app.add_typer(table_app, name="table")

@@ -27,7 +27,8 @@ def bench(
     drafters: Annotated[
         str | None,
         typer.Option(
-            help=f"Comma list (`specdec list`); without it {', '.join(DRAFTERS)}. LABEL=DRAFTER names a row, so that a "
+            help=f"Comma list (`specdec list`); without it {', '.join(DRAFTERS)} and the "
+            "heads that `tiny` brings. LABEL=DRAFTER names a row, so that a "
             "drafter can run twice with different --set LABEL.OPTION=VALUE."
         ),
     ] = None,
@@ -69,7 +70,7 @@ def bench(
     if warm and repeats > 1:
         raise UsageError(f"--warm with --repeats {repeats}: a repeated prompt is no longer new; use --repeats 1")
 
-    from specdec import registry
+    from specdec import registry, zoo
     from specdec.bench.arms import STATES, Settings
     from specdec.bench.baselines import BASELINES, REFERENCE
     from specdec.bench.environment import environment
@@ -79,8 +80,9 @@ def bench(
     from specdec.bench.statistics import summarise
 
     # everything that can be wrong is checked before anything slow starts
-    labels = common.labels("--drafters", drafters, BASELINES) or {name: name for name in DRAFTERS}
-    choices = {c.label: c for c in common.choose(labels, set_, "--drafters")}
+    labels = common.labels("--drafters", drafters, BASELINES)
+    labels = labels or {name: name for name in (*DRAFTERS, *zoo.heads(model))}
+    choices = {c.label: c for c in common.choose(labels, set_, "--drafters", model)}
     chosen = list(choices)
     registry.verifier_class(verifier)
     peers = common.names("--baselines", baselines) or list(BASELINES)

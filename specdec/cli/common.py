@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, Union, get_args, get_origin, get_type_hints
@@ -120,24 +120,26 @@ class Choice:
     Attributes:
         label: what its row is called; the drafter's name unless the user gave another.
         drafter: registry name.
-        options: for its constructor.
+        options: for its constructor, as the user gave them.
+        brought: options that the embedded model brings along, such as its heads' checkpoint.
     """
 
     label: str
     drafter: str
     options: dict[str, Any]
+    brought: dict[str, Any] = field(default_factory=dict)
 
     def make(self, **more: Any) -> Drafter:
         """The drafter; raises UsageError for options it refuses."""
         from specdec import registry
 
         try:
-            return registry.drafter(self.drafter, **self.options, **more)
+            return registry.drafter(self.drafter, **{**self.brought, **self.options, **more})
         except UsageError as error:
             raise UsageError(f"{self.label}: {error}") from error
 
     def with_options(self, **options: Any) -> Choice:
-        return Choice(self.label, self.drafter, {**self.options, **options})
+        return replace(self, options={**self.options, **options})
 
     def __str__(self) -> str:
         return ", ".join([f"{self.label}: {self.drafter}", *(f"{k}={v}" for k, v in self.options.items())])
@@ -178,18 +180,23 @@ def labels(option: str, text: str | None, taken: Container[str] = ()) -> dict[st
     return found
 
 
-def choose(chosen: Mapping[str, str], settings: Sequence[str] | None, option: str) -> list[Choice]:
+def choose(
+    chosen: Mapping[str, str], settings: Sequence[str] | None, option: str, model: str | None = None
+) -> list[Choice]:
     """Drafters with their options, all checked before anything is loaded.
 
     Args:
         chosen: label -> drafter's name.
         settings: values of --set.
         option: the option that chose the drafters, for messages.
+        model: the model they will draft for; an embedded one brings heads.
 
     Raises:
-        UsageError: unknown drafter or option, a drafter not chosen, a value of the wrong kind or out of range.
+        UsageError: unknown drafter or option, a drafter not chosen, a value of the wrong kind or out of range, a
+            checkpoint that is missing or cannot be read.
     """
-    from specdec import registry
+    from specdec import registry, zoo
+    from specdec.heads import HeadDrafter
     from specdec.tables import TableDrafter, store
 
     classes = {label: registry.drafter_class(name) for label, name in chosen.items()}
@@ -204,7 +211,18 @@ def choose(chosen: Mapping[str, str], settings: Sequence[str] | None, option: st
                 raise UsageError(f"--set {pair}: {label} was not chosen; add it to {option} ({', '.join(chosen)})")
             check_choice(f"--set {pair}: drafter", label, [*chosen, *registry.drafter_names()])
         options[label][name] = _option(classes[label], chosen[label], pair, name, text.strip())
-    choices = [Choice(label, name, options[label]) for label, name in chosen.items()]
+    embedded = zoo.heads(model) if model is not None else {}
+    choices = []
+    for label, name in chosen.items():
+        brought: dict[str, Any] = {}
+        if issubclass(classes[label], HeadDrafter) and "checkpoint" not in options[label]:
+            if name not in embedded:
+                raise UsageError(
+                    f"{option} {label}: it needs heads trained for this model; give --set {label}.checkpoint=FOLDER, "
+                    f"made by `specdec train {name}` or downloaded"
+                )
+            brought["checkpoint"] = embedded[name]
+        choices.append(Choice(label, name, options[label], brought))
     for choice in choices:
         table = choice.options.get("table")
         if table is not None and issubclass(classes[choice.label], TableDrafter):

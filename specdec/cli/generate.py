@@ -52,7 +52,7 @@ def generate(
     from specdec.bench.arms import Settings
     from specdec.decoder import Decoder
 
-    (choice,) = common.choose({drafter: drafter}, set_, "--drafter")  # mistakes fail before anything is loaded
+    (choice,) = common.choose({drafter: drafter}, set_, "--drafter", model)  # mistakes fail before anything is loaded
     registry.verifier_class(verifier)
     draft = common.draft_name(model, draft)
     if drafter == "draft-model" and draft is None:

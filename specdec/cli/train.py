@@ -1,8 +1,10 @@
-"""`specdec train`: train the models the package ships, or others, from a recipe."""
+"""`specdec train`: language models from a recipe, prompts to distil, and a look at training data."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+from collections import Counter
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +12,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from specdec.cli import common
 from specdec.errors import UsageError
 
-train_app = typer.Typer(help="Train language models from a recipe.", no_args_is_help=True)
+train_app = typer.Typer(help="Train heads for a target, or language models from a recipe.", no_args_is_help=True)
 
 RecipeOption = Annotated[str, typer.Option(help="Name of a shipped recipe, or a YAML file.")]
 DataOption = Annotated[Path, typer.Option(help="Directory of the recipe's data files.")]
@@ -27,7 +30,7 @@ class Which(str, Enum):
 
 @train_app.callback()
 def train() -> None:
-    """Train language models from a recipe."""
+    """Train heads for a target, or language models from a recipe."""
 
 
 @train_app.command("lm")
@@ -43,13 +46,13 @@ def lm(
     """Train the recipe's language models; weights appear in OUT/target and OUT/draft when all is done."""
     console = Console(stderr=True)
     try:
-        _require_extra()
+        require_extra()
         from specdec.training.lm import train_lm
         from specdec.training.recipe import load_recipe
 
         chosen = load_recipe(recipe, _overrides(set_ or []))
         names = list(chosen.models) if model is Which.both else [model.value]
-        _writable(out)
+        writable(out)
         for name in names:
             if name not in chosen.models:
                 raise UsageError(f"--model {name}: recipe {chosen.name!r} has only {sorted(chosen.models)}")
@@ -69,11 +72,61 @@ def package(
     """Fill a folder that can ship from finished runs in OUT: weights, prompts, loss curves, model card."""
     console = Console(stderr=True)
     try:
-        _require_extra()
+        require_extra()
         from specdec.training.package import package as fill
         from specdec.training.recipe import load_recipe
 
         console.print(f"packaged: {fill(load_recipe(recipe), data, out, to)}", highlight=False)
+    except UsageError as error:
+        _fail(console, error)
+
+
+@train_app.command("prompts")
+def prompts(
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
+    recipe: RecipeOption = "tiny",
+    count: Annotated[int, typer.Option(min=1, help="Most prompts, all categories together.")] = 10_000,
+) -> None:
+    """Cut prompts from the recipe's training documents, for `specdec distill`."""
+    console = Console(stderr=True)
+    try:
+        require_extra()
+        from specdec.training.data import read_sources
+        from specdec.training.prompts import training_prompts
+        from specdec.training.recipe import load_recipe
+
+        chosen = load_recipe(recipe)
+        writable(out.parent)
+        rows = training_prompts(chosen, read_sources(chosen, data), count)
+        part = out.with_name(out.name + ".part")
+        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        part.replace(out)
+        sizes = Counter(row["category"] for row in rows)
+        each = ", ".join(f"{sizes[category]} {category}" for category in sorted(sizes))
+        console.print(f"{out}: {len(rows)} prompts ({each})", highlight=False, soft_wrap=True)
+    except UsageError as error:
+        _fail(console, error)
+
+
+@train_app.command("show")
+def show(
+    target: Annotated[str, typer.Option(help="The model to be drafted for: `tiny`, a folder or a hub id.")],
+    data: Annotated[str, typer.Option(help="A .jsonl or .json file, a folder of them, or a hub id (id:split).")],
+    index: Annotated[int, typer.Option(min=0, help="Which sample.")] = 0,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens; the rest of a sample is cut off.")] = 2048,
+) -> None:
+    """Print one training sample: learned tokens in colour, the rest dim."""
+    console = Console(stderr=True)
+    try:
+        from specdec.training.conversations import load_samples, show_sample
+
+        common.quiet()
+        tokenizer = common.load_tokenizer(target, "--target")
+        samples = load_samples(data, tokenizer, max_length)
+        if index >= len(samples):
+            raise UsageError(f"--index {index}: there are {len(samples)} samples; give 0 to {len(samples) - 1}")
+        show_sample(samples[index], tokenizer, Console())
     except UsageError as error:
         _fail(console, error)
 
@@ -83,8 +136,10 @@ def _fail(console: Console, error: UsageError) -> None:
     raise typer.Exit(2) from error
 
 
-def _require_extra() -> None:
-    missing = [name for name in ("accelerate", "matplotlib", "yaml") if importlib.util.find_spec(name) is None]
+def require_extra() -> None:
+    missing = [
+        name for name in ("accelerate", "datasets", "matplotlib", "yaml") if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise UsageError(f"training needs {', '.join(missing)}: pip install 'specdec[train]'")
 
@@ -96,7 +151,7 @@ def _overrides(pairs: list[str]) -> dict[str, str]:
     return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
-def _writable(out: Path) -> None:
+def writable(out: Path) -> None:
     """Find out before an hour of training, not after it."""
     try:
         out.mkdir(parents=True, exist_ok=True)

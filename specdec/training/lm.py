@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from specdec.heads.checkpoint import replace_folder
 
 from .data import Blocks, mixture, pack, read_sources
 from .recipe import ModelSpec, Recipe, RecipeError
@@ -180,14 +181,3 @@ def save_model(model: Any, tokenizer: Path, folder: Path) -> None:
     for file in tokenizer.iterdir():
         shutil.copy(file, folder / file.name)
     (folder / "model.safetensors").chmod(0o644)  # written for the owner alone, but it ships to others
-
-
-def replace_folder(part: Path, final: Path) -> Path:
-    """Give `part` the name `final`; an earlier `final` steps aside first, so neither is ever half written."""
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(part, final)
-    shutil.rmtree(old, ignore_errors=True)
-    return final

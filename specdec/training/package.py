@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from specdec.heads.checkpoint import replace_folder
+
 from .data import Documents, read_sources
-from .lm import replace_folder
 from .prompts import held_out_prompts
 from .recipe import Recipe, RecipeError
 from .report import bits_per_character

@@ -1,4 +1,4 @@
-"""The models that ship inside the package: `tiny` and its draft `tiny-draft`, and their held-out prompts."""
+"""The models that ship inside the package: `tiny`, its draft `tiny-draft`, its trained heads, and held-out prompts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 _FOLDERS = {"tiny": HERE / "tiny" / "target", "tiny-draft": HERE / "tiny" / "draft"}
+_HEADS = {"tiny": HERE / "tiny" / "heads"}
 _PROMPTS = {"tiny": HERE / "tiny" / "prompts.jsonl"}
 
 
@@ -39,6 +40,13 @@ def names() -> list[str]:
 def path(name: str) -> Path | None:
     """Folder of the packaged model `name`, for `from_pretrained`; None where `name` is not packaged."""
     return _FOLDERS.get(name)
+
+
+def heads(name: str) -> dict[str, Path]:
+    """Drafter -> checkpoint folder of the heads that were trained for the packaged model `name`; empty for others."""
+    folder = _HEADS.get(name)
+    found = sorted(folder.glob("*/config.json")) if folder is not None else []
+    return {file.parent.name: file.parent for file in found}
 
 
 def load(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:

@@ -1,0 +1,106 @@
+"""`specdec train medusa|hidden-transfer|chimera|eagle3`: train a head for a target."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specdec.cli import common
+from specdec.cli.train import require_extra, train_app, writable
+from specdec.errors import UsageError, first_line
+
+# name -> help; known without importing the methods, so that --help is quick
+METHODS = {
+    "medusa": "Medusa heads: one residual block per token ahead.",
+    "hidden-transfer": "Hidden transfer: linear maps that make pseudo hidden states at middle layers.",
+    "chimera": "Chimera: a trigram encoder, one context layer and residual heads.",
+    "eagle3": "EAGLE-3: one autoregressive layer over features of three target layers.",
+}
+
+
+def command(method: str) -> Callable[..., None]:
+    """The command that trains one method's heads."""
+
+    def train(
+        target: Annotated[str, typer.Option(help="`tiny`, a local folder or a hub id: the model the heads are for.")],
+        data: Annotated[str, typer.Option(help="JSONL of conversations, of `specdec distill`, ..., or a hub id.")],
+        out: Annotated[Path, typer.Option(help="Folder of the finished checkpoint; OUT.run keeps the run.")],
+        config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+        set_: Annotated[
+            list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, over --config. Repeatable.")
+        ] = None,
+        resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.run.")] = True,
+        dtype: common.Dtype = "auto",
+        device: common.Device = "auto",
+        store: Annotated[str, typer.Option(help="Type of the stored weights: float32 or bfloat16.")] = "float32",
+    ) -> None:
+        run(method, target, data, out, config, set_ or [], resume, dtype, device, store)
+
+    return train
+
+
+def run(
+    method: str,
+    target: str,
+    data: str,
+    out: Path,
+    config: Path | None,
+    pairs: list[str],
+    resume: bool,
+    dtype: str,
+    device: str,
+    store: str,
+) -> None:
+    """Train, after everything that can be wrong has been checked."""
+
+    require_extra()
+    common.check_loading(dtype, device)
+    common.check_choice("--store", store, ("float32", "bfloat16"))
+
+    import torch
+    from rich.console import Console
+
+    from specdec.training.conversations import load_samples
+    from specdec.training.heads import split_settings, train_head
+
+    settings, options = split_settings(method, _settings(config, pairs))
+    writable(out.parent)
+    common.quiet()
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    tokenizer = common.load_tokenizer(target, "--target")
+    samples = load_samples(data, tokenizer, settings.max_length)
+    if device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(rank)  # each process of accelerate has a card of its own
+    model = common.load_model(target, dtype, device, "--target")
+    stored = getattr(torch, store)
+    train_head(method, model, samples, out, settings, options, tokenizer, target, resume, stored)
+    if rank == 0:
+        Console(stderr=True).print(f"{method}: {out}", highlight=False)
+
+
+def _settings(config: Path | None, pairs: list[str]) -> dict[str, Any]:
+    """--config with --set on top."""
+    import yaml
+
+    values: Any = {}
+    if config is not None:
+        try:
+            values = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"--config {config}: cannot be read as YAML ({first_line(error)})") from error
+        if not isinstance(values, dict):
+            raise UsageError(f"--config {config}: write one mapping, KEY: VALUE per line")
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--set {pair!r} is not KEY=VALUE: write for example --set learning_rate=1e-3")
+        values[key.strip()] = yaml.safe_load(value)
+    return values
+
+
+for _name, _help in METHODS.items():
+    train_app.command(_name, help=_help)(command(_name))
