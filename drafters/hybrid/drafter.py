@@ -72,8 +72,6 @@ class Hybrid(Drafter):
         for member in self.members:
             if not member.lossless or isinstance(member, Hybrid):
                 raise UsageError(f"members: {member.name!r} cannot be merged with others; leave it out")
-        self.needs = reduce(or_, (m.needs for m in self.members), Needs())
-        self.wishes = reduce(or_, (m.wishes for m in self.members), Needs())
 
     @property
     def forwards(self) -> int:  # type: ignore[override]
@@ -94,6 +92,8 @@ class Hybrid(Drafter):
         for member in self.members:
             member.bind(target)
         self._compile()
+        self.needs = reduce(or_, (m.needs for m in self.members), Needs())
+        self.wishes = reduce(or_, (m.wishes for m in self.members), Needs())
 
     def _compile(self) -> None:
         toy, two = Mixture(2), np.array([-1, 0])

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from specdec.drafters.medusa.module import Medusa as MedusaHeads
 from specdec.heads import Head, HeadDrafter
+from specdec.heads.static import StaticTree, acceptance_table
 from specdec.state import DecodeState
 from specdec.target import Target
-from specdec.templates import Template, best_first
-from specdec.tree import DraftTree, Proposal, Topology
-
-# before a checkpoint has measured its own: the reference log's 7B heads, top-1 and top-5, spread over the ranks
-_ACCEPTANCE = ((0.56, 0.11, 0.05, 0.03, 0.03), (0.32, 0.12, 0.06, 0.03, 0.03), (0.20, 0.11, 0.05, 0.03, 0.03))
+from specdec.tree import DraftTree, Proposal
 
 
 class Medusa(HeadDrafter[MedusaHeads]):
@@ -38,37 +34,21 @@ class Medusa(HeadDrafter[MedusaHeads]):
 
     def bind(self, target: Target) -> None:
         super().bind(target)
-        measured = self.head.config.acceptance or _ACCEPTANCE
-        self._acceptance = [row[:1] if self.chain else row for row in measured][: self.head.depths]
-        parents, self._ranks = self._template(self.size)
-        self._topology = Topology(parents)
-        self._width = max(map(len, self._acceptance))
-        table = np.zeros((len(self._acceptance) + 1, self._width), dtype=np.float32)
-        for k, row in enumerate(self._acceptance):
-            table[k + 1, : len(row)] = row
-        self._prior = table[self._topology.depth, self._ranks]
-        self._prior[0] = 1.0
-
-    def _template(self, size: int) -> Template:
-        return best_first(self._acceptance, size)
+        ranks = 1 if self.chain else target.vocab_size
+        acceptance = [row[:ranks] for row in acceptance_table(self.head.config.acceptance, self.head.depths)]
+        self._tree = StaticTree(acceptance, self.size)
 
     def candidates(self, h: torch.Tensor) -> torch.Tensor:
         """int64 [B, K, R], every head's likeliest tokens, likeliest first, from h [B, d]."""
-        depths = range(self._topology.max_depth)
+        depths = range(self._tree.topology.max_depth)
         return torch.stack(
-            [self.head.output(k)(self.head.state(k, h)).topk(self._width, dim=-1).indices for k in depths], dim=1
+            [self.head.output(k)(self.head.state(k, h)).topk(self._tree.width, dim=-1).indices for k in depths], dim=1
         )
 
     def propose(self, state: DecodeState) -> list[Proposal | None]:
         roots = [int(row.tokens[-1]) for row in state.rows]
         h = self.hidden(state)
-        if h is None or not self._topology.max_depth:
+        if h is None or len(self._tree.topology) == 1:
             return [Proposal(DraftTree.root(root)) for root in roots]
         ids = self.candidates(h).cpu().numpy()  # [B, K, R]
-        depth, ranks = self._topology.depth, self._ranks
-        proposals: list[Proposal | None] = []
-        for root, row in zip(roots, ids, strict=True):
-            tokens = row[depth - 1, ranks]  # node 0 reads some entry, and is overwritten
-            tokens[0] = root
-            proposals.append(Proposal(DraftTree(self._topology, tokens, prior=self._prior)))
-        return proposals
+        return [Proposal(self._tree.fill(root, candidates)) for root, candidates in zip(roots, ids, strict=True)]

@@ -14,6 +14,7 @@ from specdec.cli.bench_tables import bench_tables
 from specdec.cli.common import one_line
 from specdec.cli.distill import distill
 from specdec.cli.doctor import doctor
+from specdec.cli.export import export
 from specdec.cli.generate import generate
 from specdec.cli.listing import list_methods
 from specdec.cli.table import table_app
@@ -52,6 +53,7 @@ app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("bench-tables")(bench_tables)
 app.command("distill")(distill)
+app.command("export")(export)
 app.command("doctor")(doctor)
 app.command("list")(list_methods)
 app.add_typer(table_app, name="table")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,6 +102,53 @@ def _settings(config: Path | None, pairs: list[str]) -> dict[str, Any]:
             raise UsageError(f"--set {pair!r} is not KEY=VALUE: write for example --set learning_rate=1e-3")
         values[key.strip()] = yaml.safe_load(value)
     return values
+
+
+@train_app.command("sweep-layers")
+def sweep_layers(
+    target: Annotated[str, typer.Option(help="`tiny`, a local folder or a hub id.")],
+    data: Annotated[str, typer.Option(help="As for `specdec train hidden-transfer`.")],
+    out: Annotated[Path, typer.Option(help="Folder for layers.json and layers.png.")],
+    layers: Annotated[str | None, typer.Option(help="Comma list; without it every second from 0.3 to 0.9.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Updates per layer.")] = 500,
+    block: Annotated[int, typer.Option(min=8, help="Tokens of a text.")] = 128,
+    held_out: Annotated[int, typer.Option(min=1, help="Texts to measure on.")] = 32,
+    dtype: common.Dtype = "auto",
+    device: common.Device = "auto",
+) -> None:
+    """Which layer hidden transfer should inject at: trains the first map alone at each, and draws the curve."""
+    require_extra()
+    common.check_loading(dtype, device)
+    try:
+        wanted = None if layers is None else [int(part) for part in layers.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--layers {layers!r}: write numbers with commas between, such as 2,4,6") from error
+    writable(out)
+
+    import torch
+    from rich.console import Console
+
+    from specdec.drafters.hidden_transfer.sweep import candidate_layers, sweep, write_curve
+    from specdec.target import Target
+    from specdec.training.conversations import load_samples
+
+    common.quiet()
+    samples = load_samples(data, common.load_tokenizer(target, "--target"), 10**9)
+    text = torch.cat([torch.tensor(ids) for ids in samples["input_ids"]])
+    texts = text[: len(text) // block * block].view(-1, block)
+    if len(texts) <= held_out:
+        raise UsageError(f"--data {data}: {len(texts)} texts of {block} tokens, {held_out} of them held out; give more")
+    model = Target(common.load_model(target, dtype, device, "--target"))
+    console, scores = Console(stderr=True), []
+    chosen = wanted or candidate_layers(model.config.num_hidden_layers)
+    for score in sweep(model, texts[held_out:], texts[:held_out], chosen, steps):
+        scores.append(score)
+        console.print(f"layer {score.layer}: top-1 {score.accuracy:.3f}, loss {score.loss:.3f}", highlight=False)
+        rows = [asdict(score) for score in scores]
+        (out / "layers.json").write_text(
+            json.dumps({"steps": steps, "layers": rows}, indent=1) + "\n", encoding="utf-8"
+        )
+        write_curve(scores, out / "layers.png")
 
 
 for _name, _help in METHODS.items():

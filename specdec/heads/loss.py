@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.heads.shared import Drafts, Output
 
-ROWS = 512  # positions whose logits are alive at once: [512, V] and not [B * S, V]
+ROWS = 128  # positions whose logits are alive at once: [128, V] and not [B * S, V]
 
 
 @dataclass(frozen=True)
@@ -113,18 +113,17 @@ class _Distil(torch.autograd.Function):
                     q = p[rows] if own.ids is None else teacher[rows][:, own.ids].softmax(-1)
                     valid = bi >= 0 if place is None else place[best[rows]] >= 0
                 guess = z.argmax(-1) if own.ids is None else own.ids[z.argmax(-1)]
-                loss[k] += ((lse[:, 0] - (q * z).sum(-1)) * valid).sum()
+                loss[k] += ((lse[:, 0] - torch.linalg.vecdot(q, z)) * valid).sum()
                 hits[k] += (guess == best[rows]).sum()
                 count[k] += len(bi)
-                dz = ((z - lse).exp_() - q) * (weight * valid[:, None])  # d total / d z
-                if own.cap:
-                    dz = dz * (1 - (z / own.cap) ** 2)
-                dz = (dz * own.scale).to(x.dtype)
+                slope = None if own.cap is None else 1 - (z / own.cap) ** 2
+                dz = z.sub_(lse).exp_().sub_(q).mul_(weight * own.scale * valid[:, None])  # d total / d logits
+                dz = (dz if slope is None else dz * slope).to(own.weight.dtype)
                 dx, dw, db = grads[3 * k : 3 * k + 3]
                 if dx is not None:
-                    dx[bi, mi - shift] = dz @ own.weight
+                    dx[bi, mi - shift] = (dz @ own.weight).to(dx.dtype)
                 if dw is not None:
-                    dw.addmm_(dz.T, x)
+                    dw.addmm_(dz.T, x.to(dz.dtype))
                 if db is not None:
                     db += dz.sum(0)
         ctx.save_for_backward(*[unique.pop(id(t), None) for t in inputs])  # each gradient once

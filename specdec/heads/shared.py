@@ -37,7 +37,8 @@ class Output:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits [..., V'] of states [..., d]."""
-        z = torch.nn.functional.linear(x, self.weight, self.bias) * self.scale
+        z = torch.nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        z = z if self.scale == 1 else z * self.scale
         return torch.tanh(z / self.cap) * self.cap if self.cap else z
 
 

@@ -114,7 +114,7 @@ def split_settings(method: str, values: dict[str, Any]) -> tuple[Settings, dict[
     """
     own = {f.name: f for f in dataclasses.fields(Settings)}
     parameters = inspect.signature(head_class(method).fresh).parameters
-    options = {n for n, p in parameters.items() if n != "target" and p.kind is not p.VAR_KEYWORD}
+    options = {n for n, p in parameters.items() if n not in ("target", "counts") and p.kind is not p.VAR_KEYWORD}
     for key in values:
         if key not in own and key not in options:
             close = difflib.get_close_matches(key, [*own, *options], n=1)
@@ -170,7 +170,8 @@ def train_head(
     target = Target(model, tokenizer=tokenizer)
     _check_vocabulary(samples, target.vocab_size)
     options = dict(options or {})
-    head = head_class(method).fresh(target, **options).float().to(target.device)
+    head = head_class(method).fresh(target, counts=_counts(samples, target.vocab_size), **options)
+    head = head.float().to(target.device)
     if target_id is not None:
         head.config.target_id = target_id
     learner = Learner(head, target, settings.objective, settings.decay)
@@ -236,6 +237,14 @@ def _check_vocabulary(samples: Dataset, vocab_size: int) -> None:
     largest = max(max(ids) for ids in samples["input_ids"])
     if largest >= vocab_size:
         raise UsageError(f"--data: token id {largest} is outside the target's vocabulary of {vocab_size}")
+
+
+def _counts(samples: Dataset, vocab_size: int) -> torch.Tensor:
+    """int64 [V], how often each token is learned."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for ids, mask in zip(samples["input_ids"], samples["loss_mask"], strict=True):
+        np.add.at(counts, np.array(ids)[np.array(mask, dtype=bool)], 1)
+    return torch.from_numpy(counts)
 
 
 def _split(samples: Dataset, settings: Settings) -> tuple[Dataset, Dataset]:
