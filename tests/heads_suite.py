@@ -24,13 +24,21 @@ def random_head(method: str, target: Target, seed: int = 0, **options: Any) -> H
     return head.eval()
 
 
-def overfit(method: str, steps: int = 300, rate: float = 5e-3, **options: Any) -> tuple[list[float], float, float]:
+def overfit(
+    method: str, updates: int = 300, rate: float = 5e-3, model: Any = None, **options: Any
+) -> tuple[list[float], float, float]:
     """Train on four texts the target writes itself, then decode them.
+
+    Args:
+        method: drafter's name.
+        updates, rate: of Adam, the rate falling to 0.
+        model: the target; None: a small Llama.
+        options: of ``fresh``.
 
     Returns:
         accuracy per depth, MAT, and the MAT if every chain but the first step's, which has none, is accepted.
     """
-    model = tiny_llama()
+    model = tiny_llama() if model is None else model
     target = Target(model)
     prompts = torch.randint(3, 64, (4, 3), generator=torch.Generator().manual_seed(1))
     new = 21
@@ -38,19 +46,22 @@ def overfit(method: str, steps: int = 300, rate: float = 5e-3, **options: Any) -
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, 3:] = True
     torch.manual_seed(0)
-    learner = Learner(head_class(method).fresh(target, **options), target)
+    learner = Learner(head_class(method).fresh(target, **options), target, objective="labels")
     before = [p.clone() for p in model.parameters()]
     optimizer = torch.optim.Adam(learner.parameters(), lr=rate)
-    for step in range(steps):
+    for step in range(updates):
         for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - step / steps)
+            group["lr"] = rate * (1 - step / updates)
         out = learner(ids, mask)
         optimizer.zero_grad()
         (out.total / mask.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), "the target was trained"
-    learner.head.config.acceptance = None
-    drafter = registry.drafter_class(method)(checkpoint=learner.head.eval(), chain=True, size=learner.head.depths + 1)
+    learner.head.config.acceptance = [[1.0]] * learner.head.depths  # a chain, where trees are cut from it
+    cls = registry.drafter_class(method)
+    chain = {"chain": True} if "chain" in registry.options(cls) else {}
+    drafter = registry.drafter(method, checkpoint=learner.head.eval(), size=learner.head.depths + 1, **chain)
     decoder = Decoder(model, drafter)
     tokens = steps = 0
     for prompt in prompts:

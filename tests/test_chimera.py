@@ -7,15 +7,13 @@ import json
 import pytest
 import torch
 from conftest import left_padded, new_tokens
-from enumeration import Scripted, law, total_variation
-from test_law import exact_pairs, p_value
 from tiny_models import tiny_gemma2, tiny_llama, tiny_mistral
 
 from specdec import Decoder
 from specdec.drafters.chimera import Chimera as Drafter
 from specdec.drafters.chimera import drafter as drafter_module
 from specdec.drafters.chimera.module import Chimera
-from specdec.errors import CompatibilityError, UsageError
+from specdec.errors import UsageError
 from specdec.heads import Batch, Learner, Shared
 from specdec.heads.growth import Growth
 from specdec.structure import Needs
@@ -72,16 +70,6 @@ def test_greedy_ids_are_generates_own(make, variant: str, form: str):
         assert new_tokens(decoders[0], inputs, **settings) == new_tokens(model, inputs, **settings)
 
 
-@pytest.mark.parametrize("new", [1, 2, 3])
-def test_a_request_of_a_few_tokens_at_the_end_of_the_context(new: int):
-    model = tiny_llama(max_position_embeddings=16)
-    decoder = Decoder(model, Drafter(wild(Target(model))))
-    for size in (13, 1):
-        inputs = {"input_ids": prompts((size,))[0][None]}
-        want = new_tokens(model, inputs, do_sample=False, max_new_tokens=new)
-        assert new_tokens(decoder, inputs, do_sample=False, max_new_tokens=new) == want
-
-
 @pytest.mark.parametrize("variant", ["own", "all_trigrams"])
 def test_a_text_continued_from_a_returned_cache(variant: str):
     model = tiny_llama()
@@ -90,28 +78,6 @@ def test_a_text_continued_from_a_returned_cache(variant: str):
     first = decoder.generate(ids, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
     again = decoder.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=10, do_sample=False)
     assert torch.equal(again, model.generate(ids, max_new_tokens=20, do_sample=False))
-
-
-def test_the_law_of_the_whole_loop_is_exact(monkeypatch: pytest.MonkeyPatch):
-    model = tiny_llama(vocab_size=4, seed=0)
-    decoder = Decoder(model, Drafter(wild(Target(model)), size=5, width=2))
-    ids = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2]])
-    settings = {"temperature": 0.8, "top_k": 3}
-
-    def generate(random: Scripted) -> tuple[int, int]:
-        monkeypatch.setattr("specdec.surface.Randomness", lambda seed, device: random)
-        # the first step reads the prompt, so that the second token is one that a tree has drafted
-        return tuple(decoder.generate(ids, max_new_tokens=3, do_sample=True, **settings)[0, 8:].tolist())[:2]
-
-    assert total_variation(law(generate), exact_pairs(model, ids, **settings)) < 1e-6
-    assert decoder.stats.steps[1].columns > 1
-
-
-def test_sampling_many_rows_passes_chi_square():
-    model = tiny_llama(vocab_size=32, seed=0)
-    decoder = Decoder(model, Drafter(wild(Target(model)), width=3))
-    ids = torch.tensor([[5, 9, 2, 5, 9, 2, 5, 9]])
-    assert p_value(decoder, model, ids, 1500, temperature=0.9, top_k=6) > 1e-4
 
 
 # ---- training as use ------------------------------------------------------------------------------------------------
@@ -284,23 +250,6 @@ def test_the_auxiliary_loss_is_the_estimates_error():
     assert got.item() == pytest.approx(want, rel=1e-4)
 
 
-def test_overfitted_heads_are_right_and_the_target_is_untouched():
-    model = tiny_llama()
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    start = torch.randint(3, 60, (4, 5))
-    ids = model.generate(start, do_sample=False, max_new_tokens=25)
-    mask = (torch.arange(30) >= 5).expand(4, -1)
-    learner = Learner(Chimera.fresh(Target(model), num_heads=3), Target(model), objective="labels")
-    train(learner, lambda: (ids, mask), 120)
-    with torch.no_grad():
-        loss = learner(ids, mask)
-    assert (loss.hits / loss.count > 0.99).all()
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    decoder = Decoder(model, Drafter(learner.head))
-    decoder.generate(start, do_sample=False, max_new_tokens=21)
-    assert decoder.stats.mat == 3.5, "a step that reads the prompt, then four tokens a step: 21 tokens in 6 steps"
-
-
 def test_the_trigram_carries_an_order_three_language_unless_it_is_shifted():
     """Every odd token is a function of the three before it, every even one is drawn: only lookahead helps."""
     target = Target(tiny_llama(vocab_size=5))
@@ -382,12 +331,6 @@ def test_a_saved_head_is_the_same(tmp_path, variant: str, form: str):
     assert all(torch.equal(t, head.state_dict()[name]) for name, t in again.state_dict().items())
     names = {name.split(".")[0] for name in again.state_dict()}
     assert names == {"trigram", "fce", "heads"}
-
-
-def test_a_head_for_another_target_is_refused():
-    head = wild(Target(tiny_llama()))
-    with pytest.raises(CompatibilityError, match="hidden_size=32"):
-        Decoder(tiny_llama(hidden_size=64), Drafter(head))
 
 
 def released(folder, d: int = 256, V: int = 64, K: int = 2) -> dict[str, torch.Tensor]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 
 import pytest
 import torch
 from conftest import OracleDrafter, left_padded, new_tokens
-from enumeration import Scripted, law, total_variation
-from scipy.stats import chisquare
 from test_law import exact_pairs
 from tiny_models import tiny_gemma2, tiny_llama, tiny_mistral
 from transformers import BloomConfig, BloomForCausalLM
@@ -20,7 +17,7 @@ from specdec.drafters.eagle3 import drafter as in_use
 from specdec.drafters.eagle3.module import Eagle3 as Head
 from specdec.drafters.eagle3.module import Eagle3Config, default_layers
 from specdec.drafters.hybrid import Hybrid
-from specdec.errors import CompatibilityError, UsageError
+from specdec.errors import UsageError
 from specdec.heads import Batch, Learner
 from specdec.heads.growth import Growth
 from specdec.target import Target
@@ -83,15 +80,6 @@ def test_greedy_ids_are_generates_own(model, made, used):
         assert new_tokens(decoder, inputs, **settings) == new_tokens(model, inputs, **settings)
 
 
-@pytest.mark.parametrize("new", [1, 2, 3])
-def test_a_request_of_a_few_tokens_at_the_end_of_the_context(new):
-    model = tiny_llama(max_position_embeddings=16)
-    inputs = {"input_ids": prompts((13,))[0][None]}
-    decoder = Decoder(model, Eagle3(fresh(model)))
-    settings = {"do_sample": False, "max_new_tokens": new}
-    assert new_tokens(decoder, inputs, **settings) == new_tokens(model, inputs, **settings)
-
-
 def test_chains_where_trees_are_not_understood():
     torch.manual_seed(0)
     config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3, eos_token_id=None)
@@ -136,38 +124,6 @@ def exact_triples(model, ids) -> dict[tuple[int, int, int], float]:
             after[c] = after.get(c, 0.0) + q
         triples |= {(a, b, c): p * q for c, q in after.items()}
     return triples
-
-
-def test_the_law_of_the_whole_loop_is_exact(monkeypatch):
-    model = tiny_llama(vocab_size=4)
-    decoder = Decoder(model, Eagle3(fresh(model), size=6, depth=3, width=2))
-    ids = torch.tensor([[1, 2, 3, 1, 2]])
-    accepted = []
-
-    def generate(random: Scripted) -> tuple[int, ...]:
-        monkeypatch.setattr("specdec.surface.Randomness", lambda seed, device: random)
-        text = tuple(decoder.generate(ids, max_new_tokens=3, do_sample=True, **LAW)[0, 5:].tolist())
-        accepted.extend(n for step in decoder.stats.steps for n in step.accepted)
-        return text
-
-    assert total_variation(law(generate), exact_triples(model, ids)) < 1e-6
-    assert set(accepted) >= {0, 1}
-
-
-def test_sampling_many_rows_passes_chi_square():
-    model = tiny_llama(vocab_size=32)
-    decoder = Decoder(model, Eagle3(fresh(model, V_d=24), size=20, width=20))
-    ids, samples = torch.tensor([[5, 9, 2, 5, 9]]), 1500
-    rows = decoder.generate(ids, max_new_tokens=3, do_sample=True, num_return_sequences=samples, **LAW)
-    triples = exact_triples(model, ids)
-    seen = Counter(map(tuple, rows[:, 5:].tolist()))
-    assert set(seen) <= set(triples)
-    common = [t for t, p in triples.items() if p * samples >= 5]
-    observed, expected = [seen[t] for t in common], [triples[t] * samples for t in common]
-    observed.append(samples - sum(observed))
-    expected.append(samples - sum(expected))
-    assert chisquare(observed, expected).pvalue > 1e-4
-    assert any(n for step in decoder.stats.steps for n in step.accepted)
 
 
 # ---- training is use -------------------------------------------------------------------------------------------
@@ -367,35 +323,6 @@ def test_its_own_chain_is_all_a_training_step_sees():
 
 
 @pytest.mark.parametrize("options", [{}, {"shared_output": True}], ids=["own output", "shared output"])
-def test_it_learns_four_texts_by_heart(options):
-    model = tiny_llama()
-    model.lm_head.weight.data.mul_(8)  # a sure target: no argmax is a near tie
-    starts = torch.stack(prompts((6, 6, 6, 6)))
-    ids = model.generate(starts, do_sample=False, max_new_tokens=24)
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    head = fresh(model, steps=4, **options)
-    learner = Learner(head, wrapped(model))
-    optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-2, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 200)
-    mask = torch.arange(30).expand(4, -1) >= 6  # the answers
-    for _ in range(200):
-        optimiser.zero_grad()
-        loss = learner(ids, mask)
-        loss.total.div(loss.count.sum()).backward()
-        torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-    assert loss.hits.sum() / loss.count.sum() > 0.99, loss.hits / loss.count
-    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()), "the target is frozen"
-    decoder = Decoder(model, Eagle3(head, size=5, depth=4, chain=True))
-    got = decoder.generate(starts[:1], do_sample=False, max_new_tokens=24)
-    assert torch.equal(got, ids[:1])
-    first, *rest = [n for step in decoder.stats.steps for n in step.emitted]
-    assert first == 1, "nothing is known before the prompt has been read"
-    assert sum(rest[:-1]) / len(rest[:-1]) > 4.7, "at most 5, four drafted and the target's own"
-
-
-@pytest.mark.parametrize("options", [{}, {"shared_output": True}], ids=["own output", "shared output"])
 def test_a_head_of_full_precision_learns_from_a_target_of_half(options):
     model = tiny_llama().to(torch.bfloat16)
     head = fresh(model, steps=2, **options)
@@ -406,27 +333,6 @@ def test_a_head_of_full_precision_learns_from_a_target_of_half(options):
 
 
 # ---- files, vocabulary, options --------------------------------------------------------------------------------
-
-
-def test_saved_and_loaded_it_drafts_the_same(tmp_path):
-    model = tiny_llama()
-    head = fresh(model, V_d=20, steps=3)
-    again = Head.from_pretrained(head.save_pretrained(tmp_path / "head"))
-    assert again.config == head.config
-    assert again.state_dict().keys() == head.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), head.state_dict().values()))
-    assert Decoder(model, "eagle3", checkpoint=tmp_path / "head").drafter.head.config.draft_vocab_size == 20
-
-
-def test_another_targets_head_is_refused():
-    head = fresh(tiny_llama())
-    with pytest.raises(CompatibilityError, match="num_hidden_layers=2"):
-        Decoder(tiny_llama(num_hidden_layers=3), Eagle3(head))
-    with pytest.raises(CompatibilityError, match="vocab_size=64"):
-        Decoder(tiny_llama(vocab_size=96), Eagle3(head))
-    head.config.num_hidden_layers, head.config.aux_layers = None, [1, 2, 5]  # another tool's file does not say
-    with pytest.raises(CompatibilityError, match="layers"):
-        Decoder(tiny_llama(), Eagle3(head))
 
 
 def test_maps_stay_integers_in_half_precision():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import left_padded, new_tokens
 from enumeration import Scripted, law, total_variation
-from heads_suite import random_head
+from heads_suite import overfit, random_head
 from test_law import exact_pairs, p_value
 from test_training_free import prompts
 from tiny_models import tiny_gemma2, tiny_llama, tiny_mistral
@@ -123,6 +123,25 @@ def test_sampling_many_rows_passes_chi_square(name: str):
     model = tiny_llama(vocab_size=32)
     decoder = Decoder(model, drafter(name, model, size=6))
     assert p_value(decoder, model, torch.tensor([[5, 9, 2, 5, 9]]), 1500, temperature=0.9, top_k=6) > 1e-4
+
+
+LEARNING = {
+    "medusa": {"num_heads": 3, "shared_output": False},
+    "chimera": {"num_heads": 3},
+    "eagle3": {"steps": 4},
+    # linear maps of 32 channels cannot tell 70 positions apart
+    "hidden-transfer": {"num_steps": 3, "transfer_layers": [1, 1, 1], "share": 1.0, "hidden_size": 128, "updates": 400},
+}
+
+
+@pytest.mark.parametrize("name", methods())
+def test_four_texts_learned_by_heart_are_drafted_whole(name: str):
+    """Training and decoding agree, or what one learns the other could not use."""
+    options = dict(LEARNING[name])
+    model = tiny_llama(hidden_size=options.pop("hidden_size", 32), num_hidden_layers=4)
+    accuracy, mat, best = overfit(name, model=model, **options)
+    assert min(accuracy) > 0.99
+    assert mat > 0.95 * best
 
 
 @pytest.mark.parametrize("name", methods())

@@ -136,6 +136,22 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_so(tmp_path):
     assert not (tmp_path / "medusa").exists()
 
 
+def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)  # Trainer's checkpoints
+        with pytest.raises(UsageError, match=r"checkpoint could not be written .*No space left"):
+            train(tmp_path / "medusa")
+    with monkeypatch.context() as patch:
+        patch.setattr("specdec.heads.checkpoint.save_file", full)
+        with pytest.raises(UsageError, match=r"could not be written .*No space left"):
+            train(tmp_path / "medusa")
+    assert [f.name for f in tmp_path.iterdir()] == ["medusa.run"]
+    assert train(tmp_path / "medusa").is_dir()
+
+
 def test_a_run_of_other_settings_is_not_gone_on_with(unbroken):
     with pytest.raises(UsageError, match="other settings or data"):
         train(unbroken, Settings(**{**SETTINGS.__dict__, "learning_rate": 1e-4}))
@@ -194,6 +210,7 @@ def test_acceptance_is_the_share_of_held_out_positions():
         ({"batch": "many"}, "batch='many'"),
         ({"batch": 0}, "batch=0 must be at least 1"),
         ({"optimizer": "sgd"}, "optimizer='sgd' must be"),
+        ({"loggers": "paper"}, "loggers='paper' is not installed or not known"),
         ({"eval_steps": 15}, "multiple of log_steps"),
         ({"save_steps": 300}, "multiple of eval_steps"),
     ],

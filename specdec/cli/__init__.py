@@ -18,7 +18,7 @@ from specdec.cli.export import export
 from specdec.cli.generate import generate
 from specdec.cli.listing import list_methods
 from specdec.cli.table import table_app
-from specdec.cli.train_heads import train_app
+from specdec.cli.train_joint import train_app
 
 
 class Commands(TyperGroup):

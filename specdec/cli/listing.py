@@ -1,4 +1,4 @@
-"""`specdec list`: every method that can be named."""
+"""`specdec list`: every method that can be named, and what is embedded."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def list_methods(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List drafters and verifiers: lossless or not, what must be trained, what they need."""
-    from specdec import registry
+    """List drafters and verifiers (lossless or not, what must be trained, what they need), and embedded models."""
+    from specdec import registry, zoo
 
     if options is not None:
         _show_options(options, json_)
@@ -29,7 +29,8 @@ def list_methods(
     drafters = [_describe(name, registry.drafter_class) for name in registry.drafter_names()]
     verifiers = [_describe(name, registry.verifier_class) for name in registry.verifier_names()]
     if json_:
-        typer.echo(json.dumps({"drafters": drafters, "verifiers": verifiers}, indent=1))
+        embedded = {"models": zoo.names(), "heads": {name: sorted(zoo.heads(name)) for name in zoo.names()}}
+        typer.echo(json.dumps({"drafters": drafters, "verifiers": verifiers, "embedded": embedded}, indent=1))
         return
     console = common.console()
     for title, methods in (("drafters", drafters), ("verifiers", verifiers)):
@@ -41,6 +42,9 @@ def list_methods(
             lossless = {True: "yes", False: "no", None: "depends"}[m["lossless"]]
             table.add_row(m["name"], lossless, *((m["training"], m["requires"]) if training else ()), m["summary"])
         console.print(table)
+    for name in zoo.names():
+        heads = ", ".join(zoo.heads(name))
+        console.print(f"embedded: {name}" + (f", with heads for {heads}" if heads else ""), highlight=False)
 
 
 def _describe(name: str, find: Any) -> dict[str, Any]:

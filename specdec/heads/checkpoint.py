@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -232,7 +233,11 @@ class Head(nn.Module):
 
 
 def write_folder(folder: str | Path, config: dict[str, Any], tensors: Tensors, card: str) -> Path:
-    """Write ``config.json``, ``model.safetensors`` and ``README.md``; an earlier folder goes when all is there."""
+    """Write ``config.json``, ``model.safetensors`` and ``README.md``; an earlier folder goes when all is there.
+
+    Raises:
+        UsageError: the disk is full or the folder cannot be written; nothing half-written is left.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=folder.name + ".part-", dir=folder.parent))
@@ -244,9 +249,10 @@ def write_folder(folder: str | Path, config: dict[str, Any], tensors: Tensors, c
         part.chmod(0o755)  # made for the owner alone, but it ships to others
         (part / "model.safetensors").chmod(0o644)
         return replace_folder(part, folder)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{folder}: could not be written ({first_line(error)}); free space or give another") from error
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -14,16 +14,18 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from transformers.integrations import get_available_reporting_integrations
 
 from specdec import registry
-from specdec.errors import UsageError
+from specdec.errors import UsageError, first_line
 from specdec.heads import Head, HeadDrafter, Learner
 from specdec.heads.checkpoint import replace_folder
 from specdec.training.optimizer import MuonAdamW, parameter_groups
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 WINDOW = 32  # batches sorted by length together
 RANKS = 10  # candidates per depth whose acceptance is measured
+
+AnySettings = TypeVar("AnySettings", bound="Settings")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,10 @@ class Settings:
                 raise UsageError(
                     f"{multiple}={getattr(self, multiple)} must be a multiple of log_steps={self.log_steps}"
                 )
+        known = ("none", "all", *get_available_reporting_integrations())
+        for name in self.loggers.split(","):
+            if name not in known:
+                raise UsageError(f"loggers={name!r} is not installed or not known; choose of {', '.join(known)}")
         if self.save_steps % self.eval_steps:
             raise UsageError(f"save_steps={self.save_steps} must be a multiple of eval_steps={self.eval_steps}")
 
@@ -106,13 +114,17 @@ def methods() -> list[str]:
     return [name for name in registry.drafter_names() if issubclass(registry.drafter_class(name), HeadDrafter)]
 
 
-def split_settings(method: str, values: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
+def split_settings(
+    method: str,
+    values: dict[str, Any],
+    settings: type[AnySettings] = Settings,  # type: ignore[assignment]
+) -> tuple[AnySettings, dict[str, Any]]:
     """Settings of the training, and options of the method's ``fresh``, out of one flat mapping.
 
     Raises:
         UsageError: a key that is neither, or a value of the wrong kind.
     """
-    own = {f.name: f for f in dataclasses.fields(Settings)}
+    own = {f.name: f for f in dataclasses.fields(settings)}
     parameters = inspect.signature(head_class(method).fresh).parameters
     options = {n for n, p in parameters.items() if n not in ("target", "counts") and p.kind is not p.VAR_KEYWORD}
     for key in values:
@@ -127,11 +139,13 @@ def split_settings(method: str, values: dict[str, Any]) -> tuple[Settings, dict[
         if key in own:
             kind = str(own[key].type)
             try:
-                number = float if "float" in kind else int if "int" in kind else str
+                number: Any = float if "float" in kind else int if "int" in kind else bool if "bool" in kind else str
+                if number is bool and not isinstance(value, bool):
+                    raise ValueError("neither true nor false")
                 training[key] = None if value is None and "None" in kind else number(value)  # YAML reads 1e-3 as text
             except (TypeError, ValueError) as error:
                 raise UsageError(f"setting {key}={value!r}: it takes {kind}") from error
-    return Settings(**training), {k: v for k, v in values.items() if k in options}
+    return settings(**training), {k: v for k, v in values.items() if k in options}
 
 
 def train_head(
@@ -175,10 +189,6 @@ def train_head(
     if target_id is not None:
         head.config.target_id = target_id
     learner = Learner(head, target, settings.objective, settings.decay)
-    held_out, training = _split(samples, settings)
-
-    trainer = _trainer(learner, training, held_out, out, settings)
-    run = out.with_name(out.name + ".run")
     key = {
         "method": method,
         "options": options,
@@ -186,6 +196,44 @@ def train_head(
         "target": head.config.target_id,
         "samples": [len(samples), int(sum(map(sum, samples["loss_mask"])))],
     }
+    held_out, training = _split(samples, settings)
+
+    def finish(trainer: Any, seconds: float) -> None:
+        _finish(trainer, head, target, held_out, out, key, seconds, dtype)
+
+    return train_learner(learner, training, held_out, out, settings, key, finish, resume)
+
+
+def train_learner(
+    learner: Learner,
+    training: Dataset,
+    held_out: Dataset,
+    out: Path,
+    settings: Settings,
+    key: dict[str, Any],
+    finish: Callable[[Any, float], None],
+    resume: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Path:
+    """Train in ``out.run``, then fill ``out``; returns ``out``.
+
+    Args:
+        learner: what is trained.
+        training, held_out: samples, in the order of training.
+        out: folder to fill.
+        settings: see ``Settings``.
+        key: what makes a run this one; an earlier run of another key is refused.
+        finish: called by one process with the trainer and the seconds it ran; writes ``out``.
+        resume: go on from the last whole checkpoint.
+        optimizer: None: as ``settings`` say.
+        callbacks: further ones for Trainer.
+
+    Raises:
+        UsageError: an earlier run does not fit, a loss that is no number, or a disk that is full.
+    """
+    trainer = _trainer(learner, training, held_out, out, settings, optimizer, callbacks)
+    run = out.with_name(out.name + ".run")
     if not resume and trainer.is_world_process_zero():
         shutil.rmtree(run, ignore_errors=True)
     checkpoint = last_checkpoint(run)
@@ -195,10 +243,16 @@ def train_head(
         run.mkdir(parents=True, exist_ok=True)
         (run / "run.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
     started = time.time()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"{run}: a checkpoint could not be written ({first_line(error)}); free space and give the same command: it "
+            "goes on from the last whole one"
+        ) from error
 
     if trainer.is_world_process_zero():
-        _finish(trainer, head, target, held_out, out, key, time.time() - started, dtype)
+        finish(trainer, time.time() - started)
     trainer.accelerator.wait_for_everyone()
     return out
 
@@ -308,7 +362,15 @@ def _prompt(sample: dict[str, Any]) -> list[int]:
 # ---- the trainer --------------------------------------------------------------------------------------------------
 
 
-def _trainer(learner: Learner, training: Dataset, held_out: Dataset, out: Path, settings: Settings) -> Any:
+def _trainer(
+    learner: Learner,
+    training: Dataset,
+    held_out: Dataset,
+    out: Path,
+    settings: Settings,
+    optimizer: torch.optim.Optimizer | None,
+    callbacks: Sequence[Any],
+) -> Any:
     from transformers import Trainer, TrainingArguments
 
     class HeadTrainer(Trainer):
@@ -317,7 +379,7 @@ def _trainer(learner: Learner, training: Dataset, held_out: Dataset, out: Path, 
         optimizer: Any
         control: Any
         loss_is_scaled_for_ga = True
-        tally: torch.Tensor | None = None  # [3, K]: losses, hits, counts since the last log
+        tally: torch.Tensor | None = None  # losses, hits, counts [3, K] since the last log; [3, 1 + K] with the target
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -338,12 +400,15 @@ def _trainer(learner: Learner, training: Dataset, held_out: Dataset, out: Path, 
         def log(self, logs: dict[str, float], *args: Any) -> None:
             if "loss" in logs and self.tally is not None:
                 tally = self.accelerator.reduce(self.tally, "sum")
-                accuracy = (tally[1] / tally[2].clamp_min(1)).tolist()
-                logs |= {f"accuracy_{k + 1}": round(a, 5) for k, a in enumerate(accuracy)}
+                loss, accuracy = (tally[:2] / tally[2].clamp_min(1)).tolist()
+                K = learner.head.depths
+                logs |= {f"accuracy_{k + 1}": round(a, 5) for k, a in enumerate(accuracy[-K:])}
+                logs |= {f"loss_{k + 1 + K - len(loss)}": round(x, 5) for k, x in enumerate(loss)}  # the target's is 0
                 self.tally = None
             super().log(logs, *args)
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            learner.eval()
             metrics = [_decode(learner, held_out, settings) if self.is_world_process_zero() else {}]
             if self.args.world_size > 1:
                 torch.distributed.broadcast_object_list(metrics)
@@ -391,7 +456,13 @@ def _trainer(learner: Learner, training: Dataset, held_out: Dataset, out: Path, 
         ddp_backend="gloo" if device.type == "cpu" and _processes() > 1 else None,
     )
     trainer = HeadTrainer(
-        model=learner, args=arguments, train_dataset=training, eval_dataset=held_out, data_collator=collate
+        model=learner,
+        args=arguments,
+        train_dataset=training,
+        eval_dataset=held_out,
+        data_collator=collate,
+        optimizers=(optimizer, None),
+        callbacks=list(callbacks),
     )
     trainer.model_accepts_loss_kwargs = True  # it counts the learned tokens of all processes for compute_loss
     return trainer
