@@ -86,7 +86,7 @@ def test_the_mat_in_the_log_is_what_the_decoder_does(unbroken):
     log = json.loads((unbroken / "training.json").read_text())["log"]
     evals = [row["eval_mat"] for row in log if "eval_mat" in row]
     assert len(evals) == 4
-    held_out, _ = training._split(samples(), SETTINGS)
+    held_out, _ = training.split(samples(), SETTINGS)
     head = training.head_class("medusa").from_pretrained(unbroken)
     head.config.acceptance = None  # as it was while training
     decoder = Decoder(tiny_llama(), registry.drafter_class("medusa")(checkpoint=head))

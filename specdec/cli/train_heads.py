@@ -69,7 +69,7 @@ def run(
     from specdec.training.conversations import load_samples
     from specdec.training.heads import split_settings, train_head
 
-    settings, options = split_settings(method, _settings(config, pairs))
+    settings, options = split_settings(method, read_settings(config, pairs))
     writable(out.parent)
     common.quiet()
     rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -84,7 +84,7 @@ def run(
         Console(stderr=True).print(f"{method}: {out}", highlight=False)
 
 
-def _settings(config: Path | None, pairs: list[str]) -> dict[str, Any]:
+def read_settings(config: Path | None, pairs: list[str]) -> dict[str, Any]:
     """--config with --set on top."""
     import yaml
 

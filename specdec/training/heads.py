@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 WINDOW = 32  # batches sorted by length together
 RANKS = 10  # candidates per depth whose acceptance is measured
-
-AnySettings = TypeVar("AnySettings", bound="Settings")
 
 
 @dataclass(frozen=True)
@@ -115,11 +113,9 @@ def methods() -> list[str]:
 
 
 def split_settings(
-    method: str,
-    values: dict[str, Any],
-    settings: type[AnySettings] = Settings,  # type: ignore[assignment]
-) -> tuple[AnySettings, dict[str, Any]]:
-    """Settings of the training, and options of the method's ``fresh``, out of one flat mapping.
+    method: str, values: dict[str, Any], settings: type[Settings] = Settings
+) -> tuple[Any, dict[str, Any]]:
+    """``settings`` of the training, and options of the method's ``fresh``, out of one flat mapping.
 
     Raises:
         UsageError: a key that is neither, or a value of the wrong kind.
@@ -182,12 +178,12 @@ def train_head(
 
     torch.manual_seed(settings.seed)
     target = Target(model, tokenizer=tokenizer)
-    _check_vocabulary(samples, target.vocab_size)
+    check_vocabulary(samples, target.vocab_size)
     options = dict(options or {})
     head = head_class(method).fresh(target, counts=_counts(samples, target.vocab_size), **options)
     head = head.float().to(target.device)
     if target_id is not None:
-        head.config.target_id = target_id
+        head.config.target_id = public_name(target_id)
     learner = Learner(head, target, settings.objective, settings.decay)
     key = {
         "method": method,
@@ -196,7 +192,7 @@ def train_head(
         "target": head.config.target_id,
         "samples": [len(samples), int(sum(map(sum, samples["loss_mask"])))],
     }
-    held_out, training = _split(samples, settings)
+    held_out, training = split(samples, settings)
 
     def finish(trainer: Any, seconds: float) -> None:
         _finish(trainer, head, target, held_out, out, key, seconds, dtype)
@@ -245,16 +241,20 @@ def train_learner(
     started = time.time()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.is_world_process_zero():
+            finish(trainer, time.time() - started)
     except (OSError, SafetensorError) as error:
         raise UsageError(
             f"{run}: a checkpoint could not be written ({first_line(error)}); free space and give the same command: it "
             "goes on from the last whole one"
         ) from error
-
-    if trainer.is_world_process_zero():
-        finish(trainer, time.time() - started)
     trainer.accelerator.wait_for_everyone()
     return out
+
+
+def public_name(target: str) -> str:
+    """What others may call the target: a hub id or embedded name as it is, of a folder its last part."""
+    return Path(target).name if Path(target).is_absolute() else target
 
 
 def last_checkpoint(run: Path) -> str | None:
@@ -267,8 +267,9 @@ def acceptance(head: Head, target: Target, samples: Dataset, ranks: int = RANKS)
     """[K][R], how often the target's own token is the candidate of rank r for depth k, on held-out text."""
     hits = torch.zeros(head.depths, ranks, device=target.device)
     count = torch.zeros(head.depths, 1, device=target.device)
+    head.eval()
     with torch.no_grad():
-        for batch in _batches(samples, 4):
+        for batch in batches(samples, 4):
             ids, mask = batch["input_ids"].to(target.device), batch["labels"].to(target.device) >= 0
             final, drafts = head.along(target, ids, mask)
             for k, (state, output) in enumerate(zip(drafts.states, drafts.outputs, strict=True)):
@@ -287,7 +288,8 @@ def acceptance(head: Head, target: Target, samples: Dataset, ranks: int = RANKS)
 # ---- data ---------------------------------------------------------------------------------------------------------
 
 
-def _check_vocabulary(samples: Dataset, vocab_size: int) -> None:
+def check_vocabulary(samples: Dataset, vocab_size: int) -> None:
+    """Raise UsageError for tokens that the target does not have."""
     largest = max(max(ids) for ids in samples["input_ids"])
     if largest >= vocab_size:
         raise UsageError(f"--data: token id {largest} is outside the target's vocabulary of {vocab_size}")
@@ -301,7 +303,7 @@ def _counts(samples: Dataset, vocab_size: int) -> torch.Tensor:
     return torch.from_numpy(counts)
 
 
-def _split(samples: Dataset, settings: Settings) -> tuple[Dataset, Dataset]:
+def split(samples: Dataset, settings: Settings) -> tuple[Dataset, Dataset]:
     """Held-out samples, and the rest in the order of training: every pass shuffled, alike lengths together."""
     needed = settings.eval_prompts + settings.batch
     if len(samples) < needed:
@@ -349,7 +351,8 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def _batches(samples: Dataset, size: int) -> list[dict[str, torch.Tensor]]:
+def batches(samples: Dataset, size: int) -> list[dict[str, torch.Tensor]]:
+    """All samples in order, collated ``size`` at a time."""
     return [collate([samples[i] for i in range(j, min(j + size, len(samples)))]) for j in range(0, len(samples), size)]
 
 
