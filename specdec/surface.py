@@ -30,7 +30,7 @@ from specdec.stopping import StopRules
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from specdec.contracts import Drafter
+    from specdec.contracts import Drafter, Verifier
     from specdec.target import Target
 
 # what generate() may hand over besides the named arguments; anything else would silently be ignored
@@ -43,6 +43,7 @@ class GenerateSurface:
     if TYPE_CHECKING:
         target: Target
         drafter: Drafter
+        verifier: Verifier
         tokenizer: Any
         model: PreTrainedModel
         run: Callable[..., None]
@@ -50,7 +51,7 @@ class GenerateSurface:
 
     _streamer: Any = None
 
-    def generate(self, *args: Any, **kwargs: Any) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    def generate(self, *args: Any, lossless: bool = False, **kwargs: Any) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """Like ``model.generate``: same arguments, same return types, same text.
 
         Takes input ids or a batch encoding, ``generation_config`` and keyword settings, ``logits_processor``,
@@ -58,12 +59,17 @@ class GenerateSurface:
         ``return_dict_in_generate`` with ``output_scores``/``output_logits``, ``num_return_sequences``, left-padded
         batches and ``past_key_values`` of an earlier call.
 
+        Args:
+            lossless: refuse to run with a drafter or verifier that may change the text or its distribution.
+
         Returns:
             int64 [B, prompt + new] or ``GenerateDecoderOnlyOutput``.
 
         Raises:
             UsageError: beams, guidance, assistants, encoder-decoder inputs and other requests that cannot be served.
         """
+        if lossless:
+            self._refuse_lossy()
         for name in ("assistant_model", "custom_generate", "negative_prompt_ids", "prompt_lookup_num_tokens"):
             if kwargs.get(name) is not None:
                 raise UsageError(f"{name} cannot be combined with a Decoder, which drafts by itself; leave it out")
@@ -96,9 +102,12 @@ class GenerateSurface:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: Any,
+        lossless: bool = False,
         **model_kwargs: Any,
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """The decoding method ``generate(custom_generate=decoder)`` calls. Use ``generate`` above, or that."""
+        if lossless:
+            self._refuse_lossy()
         if model is not self.model:
             raise UsageError("custom_generate: this Decoder wraps another model; make one with Decoder(model, ...)")
         _refuse(generation_config, logits_processor, model_kwargs)
@@ -150,6 +159,16 @@ class GenerateSurface:
             logits=_stack(state, "recorded_logits") if state.record_logits else None,
             past_key_values=cache,
         )
+
+    def _refuse_lossy(self) -> None:
+        """Raise UsageError naming each part that may change the text."""
+        parts: dict[str, Drafter | Verifier] = {"drafter": self.drafter, "verifier": self.verifier}
+        lossy = [f"{kind} {part.name!r}" for kind, part in parts.items() if not part.lossless]
+        if lossy:
+            raise UsageError(
+                f"lossless=True: {' and '.join(lossy)} may change the text; take a lossless one (`specdec list`), or "
+                "leave lossless out"
+            )
 
     def _state(
         self,

@@ -439,6 +439,17 @@ GENERATE = ["generate", "/no/such/model", "--drafter", "token-recycling", "--pro
     (["generate", "--file", "/no/such/file"], ("--file /no/such/file", "No such file")),
     (["generate", "--prompt", "a", "--drafter", "promt-lookup"], ("'promt-lookup'", "did you mean prompt-lookup")),
     (["generate", "--prompt", "a", "--verifier", "standart"], ("'standart'", "did you mean standard")),
+    (["generate", "--prompt", "a", "--set", "typical.epsilon=0.2"], ("typical was not chosen", "--verifier typical")),
+    (
+        ["generate", "--prompt", "a", "--verifier", "typical", "--set", "typical.epsilon=2"],
+        ("epsilon=2", "at most 1"),
+    ),
+    (["generate", "--prompt", "a", "--verifier", "typical", "--set", "typical.eps=0.2"], ("typical has no option 'eps'",)),
+    (
+        ["generate", "tiny-draft", "--prompt", "a", "--drafter", "medusa"],
+        ("needs heads trained for this model", "--set medusa.checkpoint=FOLDER"),
+    ),
+    (["bench", "--drafters", "typical=suffix"], ("'typical' already names something else",)),
     (["generate", "--prompt", "a", "--dtype", "float23"], ("--dtype 'float23'", "float32")),
     (["generate", "--prompt", "a", "--device", "gpu"], ("--device 'gpu'", "cpu")),
     (["generate", "--prompt", "a", "--temperature", "-1"], ("--temperature", "0 is greedy")),

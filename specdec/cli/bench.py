@@ -80,11 +80,11 @@ def bench(
     from specdec.bench.statistics import summarise
 
     # everything that can be wrong is checked before anything slow starts
-    labels = common.labels("--drafters", drafters, BASELINES)
+    rule, others = common.verifier_options(verifier, set_)
+    labels = common.labels("--drafters", drafters, {*BASELINES, *registry.verifier_names()})
     labels = labels or {name: name for name in (*DRAFTERS, *zoo.heads(model))}
-    choices = {c.label: c for c in common.choose(labels, set_, "--drafters", model)}
+    choices = {c.label: c for c in common.choose(labels, others, "--drafters", model)}
     chosen = list(choices)
-    registry.verifier_class(verifier)
     peers = common.names("--baselines", baselines) or list(BASELINES)
     for name in peers:
         common.check_choice("--baselines", name, BASELINES)
@@ -123,7 +123,7 @@ def bench(
             same = str(target.dtype).removeprefix("torch.")
             loaded_draft = common.load_model(draft, same, device, "--draft-model")
         measured = [choices[label] for label in chosen]
-        arms = _arms(target, tokenizer, measured, verifier, peers, loaded_draft, warm, compile_)
+        arms = _arms(target, tokenizer, measured, (verifier, rule), peers, loaded_draft, warm, compile_)
         settings = [Settings(max_new_tokens, t) for t in temperatures]
         harness = Harness(target, seed)
         try:
@@ -143,6 +143,7 @@ def bench(
                 "drafters": {c.label: {"drafter": c.drafter, "options": c.options} for c in measured},
                 "draft_model": draft if loaded_draft is not None else None,
                 "verifier": verifier,
+                "verifier_options": rule,
                 "prompts": prompts,
                 "prompt_count": len(texts),
                 "max_new_tokens": max_new_tokens,
@@ -208,23 +209,26 @@ def _arms(
     target: PreTrainedModel,
     tokenizer: Any,
     drafters: Sequence[common.Choice],
-    verifier: str,
+    verifier: tuple[str, dict[str, Any]],
     peers: Sequence[str],
     draft: PreTrainedModel | None,
     warm: bool,
     compile_: str,
 ) -> list[Arm]:
     """Every method of the table, baselines first."""
+    from specdec import registry
     from specdec.bench.arms import DecoderArm
     from specdec.bench.baselines import baseline
     from specdec.decoder import Decoder
 
     arms: list[Arm] = []
+    name, rule = verifier
     for choice in drafters:
         drafter = choice.make(draft=draft) if choice.drafter == "draft-model" else choice.make()
-        decoder = Decoder(target, drafter, verifier, tokenizer=tokenizer, compile=compile_)  # type: ignore[arg-type]
+        judge = registry.verifier(name, **rule)
+        decoder = Decoder(target, drafter, judge, tokenizer=tokenizer, compile=compile_)  # type: ignore[arg-type]
         arms.append(DecoderArm(choice.label, decoder, warm))
-    return [*(baseline(name, target, draft) for name in peers), *arms]
+    return [*(baseline(peer, target, draft) for peer in peers), *arms]
 
 
 def _compiled(arms: Sequence[Arm], asked: str) -> list[str]:

@@ -46,8 +46,8 @@ Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        metavar="DRAFTER.OPTION=VALUE",
-        help="An option of a drafter (`specdec list --options DRAFTER`), e.g. token-recycling.size=16. Repeatable.",
+        metavar="NAME.OPTION=VALUE",
+        help="An option of a drafter or verifier (`specdec list --options NAME`), e.g. suffix.size=16. Repeatable.",
     ),
 ]
 
@@ -178,6 +178,32 @@ def labels(option: str, text: str | None, taken: Container[str] = ()) -> dict[st
             raise UsageError(f"{option} {entry}: {label!r} already names something else; give another label")
         found[label] = name
     return found
+
+
+def verifier_options(verifier: str, settings: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
+    """The verifier's options among the values of --set, checked, and the values that are for drafters.
+
+    Raises:
+        UsageError: unknown verifier or option, a verifier not chosen, a value of the wrong kind or out of range.
+    """
+    from specdec import registry
+
+    cls = registry.verifier_class(verifier)
+    options: dict[str, Any] = {}
+    others = []
+    for pair in settings or ():
+        key, equals, text = pair.partition("=")
+        label, _, name = key.strip().rpartition(".")
+        if label not in registry.verifier_names():
+            others.append(pair)
+        elif label != verifier:
+            raise UsageError(f"--set {pair}: {label} was not chosen; add --verifier {label}")
+        elif not equals or not name:
+            raise UsageError(f"--set {pair!r}: write VERIFIER.OPTION=VALUE, for example --set typical.epsilon=0.2")
+        else:
+            options[name] = _option(cls, verifier, pair, name, text.strip())
+    registry.verifier(verifier, **options)
+    return options, others
 
 
 def choose(

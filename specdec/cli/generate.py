@@ -52,8 +52,8 @@ def generate(
     from specdec.bench.arms import Settings
     from specdec.decoder import Decoder
 
-    (choice,) = common.choose({drafter: drafter}, set_, "--drafter", model)  # mistakes fail before anything is loaded
-    registry.verifier_class(verifier)
+    rule, others = common.verifier_options(verifier, set_)  # mistakes fail before anything is loaded
+    (choice,) = common.choose({drafter: drafter}, others, "--drafter", model)
     draft = common.draft_name(model, draft)
     if drafter == "draft-model" and draft is None:
         raise UsageError(f"--drafter draft-model needs --draft-model FOLDER or ID: {model} brings no draft model")
@@ -67,7 +67,8 @@ def generate(
         inputs = _encode(tokenizer, text, chat, argument).to(target.device)
         length = inputs["input_ids"].shape[1]
         room = _room(target, length, max_new_tokens, argument)
-        decoder = Decoder(target, choice.make(**more), verifier, tokenizer=tokenizer, compile=compile_)  # type: ignore[arg-type]
+        judge = registry.verifier(verifier, **rule)
+        decoder = Decoder(target, choice.make(**more), judge, tokenizer=tokenizer, compile=compile_)  # type: ignore[arg-type]
         if seed is not None:
             torch.manual_seed(seed)
         stream = TextStream(tokenizer, None if json_ else out, colour=show_accepted)
@@ -89,6 +90,7 @@ def generate(
                 "partial": partial,
                 "model": model,
                 "options": choice.options,
+                "verifier_options": rule,
                 "prompt_tokens": length,
                 "stats": decoder.stats.summary() if decoder.stats else None,  # None: interrupted before the start
             }

@@ -94,7 +94,8 @@ def _show_options(name: str, json_: bool) -> None:
     if not found:
         console.print(f"{name} has no options", highlight=False)
         return
-    console.print(f"Decoder(model, {name!r}, OPTION=...), or --set {name}.OPTION=...", highlight=False, markup=False)
+    made = f"verifier={cls.__name__}(OPTION=...)" if name in verifiers else f"{name!r}, OPTION=..."
+    console.print(f"Decoder(model, {made}), or --set {name}.OPTION=...", highlight=False, markup=False)
     table = Table()
     for header in ("option", "default", "type", "meaning"):
         table.add_column(header, overflow="fold")
