@@ -53,6 +53,8 @@ class DraftModel(Drafter):
         if length < 1:
             raise UsageError(f"length={length} must be at least 1")
         self.factors = tuple(branching) if branching is not None else (1,) * length
+        if not self.factors:
+            raise UsageError("branching is empty; give the number of children at each depth, such as (3, 2, 1)")
         self.topology = Topology.branching(self.factors)
         self.budget = len(self.topology)
         self.law: Law = Law[law.upper()]
@@ -96,37 +98,49 @@ class DraftModel(Drafter):
         self._session.close()
 
     def propose(self, state: DecodeState) -> list[Proposal | None]:
-        roots = [int(row.tokens[-1]) for row in state.rows]
-        deepest = max(state.depth_left(b) for b in range(len(roots)))
+        deepest = max(state.depth_left(b) for b in range(len(state.rows)))
         if deepest == 0:
-            return [Proposal(DraftTree.root(root)) for root in roots]
+            return [Proposal(DraftTree.root(int(row.tokens[-1]))) for row in state.rows]
         self.draft.align([row.index for row in state.rows])
-        logits = self._catch_up(state)[:, None]  # [B, 1, V]
+        logits = self._catch_up(state)
+        with self.draft.scratch():
+            return [Proposal(tree) for tree in self.grow(state, logits, deepest)]
+
+    def grow(self, state: DecodeState, logits: torch.Tensor, deepest: int) -> list[DraftTree]:
+        """One tree per row, of at most ``deepest`` levels, from the draft's logits [B, V] after the roots."""
         factors = self.factors[:deepest]
         topology = Topology.branching(factors)
         ancestors = topology.mask(self.draft.device)
         law = self.law if state.rows[0].sampler.do_sample else Law.POINT
-        tokens = [torch.tensor(roots, device=self.draft.device)[:, None]]  # per depth [B, W]
+        roots = torch.tensor([int(row.tokens[-1]) for row in state.rows], device=self.draft.device)
+        tokens = [roots[:, None]]  # per depth [B, W]
         laws: list[torch.Tensor] = []  # per depth [B, W, V], the laws of nodes whose children were drawn
-        lengths = torch.tensor([len(row.tokens) for row in state.rows], device=self.draft.device)
-        with self.draft.scratch():
-            for depth, factor in enumerate(factors):
-                if depth:
-                    level = list(topology.levels[depth])
-                    # the root is committed to the draft's cache, so scratch columns are the nodes 1, 2, ...
-                    visible = ancestors[level, 1 : level[-1] + 1].expand(len(roots), -1, -1)
-                    positions = (lengths + depth - 1)[:, None].expand(-1, len(level))
-                    logits = self._fit(self.draft.forward(tokens[-1], positions, visible))  # [B, W, V]
-                drawn, q = self._children(state, logits, factor, law)
-                tokens.append(drawn)
-                laws.append(q)
+        level_logits = logits[:, None]  # [B, W, V]
+        for depth, factor in enumerate(factors):
+            if depth:
+                level = list(topology.levels[depth])
+                # the root is committed to the draft's cache, so scratch columns are the nodes 1, 2, ...
+                visible = ancestors[level, 1 : level[-1] + 1].expand(len(roots), -1, -1)
+                level_logits = self.read(state, tokens[-1], depth, visible)
+            drawn, q = self._children(state, level_logits, factor, law)
+            tokens.append(drawn)
+            laws.append(q)
         host = torch.cat(tokens, dim=1).cpu().numpy()  # [B, N]
         if law is Law.POINT:
-            return [Proposal(DraftTree(topology, row)) for row in host]
+            return [DraftTree(topology, row) for row in host]
         q = torch.cat(laws, dim=1)  # [B, R, V]; row of q = number of the parent node
         parents = np.maximum(np.array(topology.parents), 0)
         every = np.array([Law.POINT] + [law] * (len(topology) - 1), dtype=np.int8)
-        return [Proposal(DraftTree(topology, row, every, parents, q[b]).drawn()) for b, row in enumerate(host)]
+        return [DraftTree(topology, row, every, parents, q[b]).drawn() for b, row in enumerate(host)]
+
+    def read(self, state: DecodeState, tokens: torch.Tensor, depth: int, visible: torch.Tensor) -> torch.Tensor:
+        """The draft's logits [B, W, V] after the nodes ``tokens`` [B, W] of one depth (the root's children: 1).
+
+        ``visible`` bool [B, W, S]: the nodes so far that each sees, itself included; S counts all but the root.
+        """
+        lengths = torch.tensor([len(row.tokens) for row in state.rows], device=self.draft.device)
+        positions = (lengths + depth - 1)[:, None].expand(-1, tokens.shape[1])
+        return self._fit(self.draft.forward(tokens, positions, visible))
 
     def _children(
         self, state: DecodeState, logits: torch.Tensor, k: int, law: Law

@@ -51,9 +51,12 @@ class Randomness:
         """
         if replace:
             return torch.multinomial(probs, k, replacement=True, generator=self._device)
-        # an exponential race: token x finishes after Exp(1)/q(x), and the order of arrival is sequential WOR sampling
-        clocks = torch.empty_like(probs).exponential_(generator=self._device).clamp_min_(1e-30)
-        return (probs / clocks).topk(k, dim=-1).indices
+        # the order of arrival in an exponential race is sequential sampling without replacement
+        return self.race(probs).topk(k, dim=-1, largest=False).indices
+
+    def race(self, rates: torch.Tensor) -> torch.Tensor:
+        """Independent times Exp(rate) at which tokens of ``rates`` [..., V] arrive; infinite where a rate is 0."""
+        return torch.empty_like(rates).exponential_(generator=self._device).clamp_min_(1e-30) / rates
 
 
 class NonFiniteLogits(ValueError):

@@ -103,7 +103,7 @@ def bench(
             names.remove(name)
             notes.append(f"{name} left out: {reason}")
 
-    drafting = {label for label, choice in choices.items() if choice.drafter == "draft-model"}
+    drafting = {label for label, choice in choices.items() if common.takes_draft(choice.drafter)}
     if draft is None:
         reason = f"it needs --draft-model FOLDER or ID, {model} brings no draft model"
         for label in drafting:
@@ -224,7 +224,7 @@ def _arms(
     arms: list[Arm] = []
     name, rule = verifier
     for choice in drafters:
-        drafter = choice.make(draft=draft) if choice.drafter == "draft-model" else choice.make()
+        drafter = choice.make(draft=draft) if common.takes_draft(choice.drafter) else choice.make()
         judge = registry.verifier(name, **rule)
         decoder = Decoder(target, drafter, judge, tokenizer=tokenizer, compile=compile_)  # type: ignore[arg-type]
         arms.append(DecoderArm(choice.label, decoder, warm))

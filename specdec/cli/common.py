@@ -106,6 +106,13 @@ def load_tokenizer(name: str, argument: str = "MODEL") -> Any:
     return tokenizer
 
 
+def takes_draft(name: str) -> bool:
+    """Whether a drafter brings a model of its own, which --draft-model names."""
+    from specdec import registry
+
+    return "draft" in registry.options(registry.drafter_class(name))
+
+
 def draft_name(model: str, draft: str | None) -> str | None:
     """The draft model to use: the one asked for, or the embedded model's own."""
     if draft is None and _embedded(f"{model}-draft"):
@@ -253,8 +260,8 @@ def choose(
         table = choice.options.get("table")
         if table is not None and issubclass(classes[choice.label], TableDrafter):
             store.header(table)
-        if choice.drafter != "draft-model":  # it is made once its model is loaded
-            choice.make()
+        # a mistake fails here; a draft model is loaded later, and makes the drafter anew
+        choice.make(**({"draft": ""} if takes_draft(choice.drafter) else {}))
     return choices
 
 
@@ -280,7 +287,7 @@ def _option(cls: type, drafter: str, pair: str, name: str, text: str) -> Any:
     parameters = inspect.signature(cls).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     known = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if drafter == "draft-model" and name == "draft":
+    if name == "draft":
         raise UsageError(f"--set {pair}: the draft model is given by --draft-model")
     if name not in known and not anything:
         if not known:

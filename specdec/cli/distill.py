@@ -40,8 +40,8 @@ def distill(
     from specdec.training.distill import Settings, read_prompts, sha256
     from specdec.training.distill import distill as answer
 
-    if drafter == "draft-model":
-        raise UsageError("--drafter draft-model: it never pays in batches; use none, or one that needs no other model")
+    if common.takes_draft(drafter):
+        raise UsageError(f"--drafter {drafter}: it never pays in batches; use none, or one that needs no other model")
     (choice,) = common.choose({drafter: drafter}, None, "--drafter", model)
     asked = read_prompts(prompts)[:limit]
     common.quiet()

@@ -55,13 +55,14 @@ def generate(
     rule, others = common.verifier_options(verifier, set_)  # mistakes fail before anything is loaded
     (choice,) = common.choose({drafter: drafter}, others, "--drafter", model)
     draft = common.draft_name(model, draft)
-    if drafter == "draft-model" and draft is None:
-        raise UsageError(f"--drafter draft-model needs --draft-model FOLDER or ID: {model} brings no draft model")
+    drafts = common.takes_draft(drafter)
+    if drafts and draft is None:
+        raise UsageError(f"--drafter {drafter} needs --draft-model FOLDER or ID: {model} brings no draft model")
     common.quiet()
     with common.json_only(json_) as out:
         target, tokenizer = common.load_model(model, dtype, device), common.load_tokenizer(model)
         more: dict[str, Any] = {}
-        if drafter == "draft-model" and draft is not None:
+        if drafts and draft is not None:
             same = str(target.dtype).removeprefix("torch.")
             more["draft"] = common.load_model(draft, same, device, "--draft-model")
         inputs = _encode(tokenizer, text, chat, argument).to(target.device)
