@@ -33,15 +33,16 @@ slow: .venv/.ready  ## the proofs that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
 COLD := none,prompt-lookup,token-recycling,aded,suffix,hybrid,lookahead,jacobi,draft-model
-COMPILED := none,prompt-lookup,token-recycling,aded,suffix,hybrid,draft-model,medusa,hidden-transfer,chimera,eagle3
-HEADS := none,medusa,hidden-transfer,chimera,eagle3
+COMPILED := none,prompt-lookup,token-recycling,aded,suffix,hybrid,draft-model,medusa,chimera,eagle3
+HEADS := none,medusa,hidden-transfer,hidden-transfer-all=hidden-transfer,chimera,eagle3
 WARM := token-recycling,aded,suffix,hybrid,lookahead
 results: .venv/.ready  ## the README's figures: all 48 prompts, into bench/results (leave the machine alone meanwhile)
 	for t in 0 1; do \
 	  $(BIN)/specdec bench tiny --temperature $$t --drafters $(COLD) --out $(RESULTS)/cold-$$t || exit 1; \
 	  $(BIN)/specdec bench tiny --temperature $$t --drafters $(WARM) --baselines hf-generate --warm \
 	    --out $(RESULTS)/warm-$$t || exit 1; \
-	  $(BIN)/specdec bench tiny --temperature $$t --drafters $(HEADS) --baselines hf-generate \
+	  $(BIN)/specdec bench tiny --temperature $$t --drafters $(HEADS) --set hidden-transfer-all.anchors=8 \
+	    --baselines hf-generate \
 	    --out $(RESULTS)/heads-$$t || exit 1; \
 	done
 	$(BIN)/specdec bench tiny --temperature 0,1 --compile inductor --drafters $(COMPILED) --baselines hf-generate \

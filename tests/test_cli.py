@@ -444,7 +444,7 @@ GENERATE = ["generate", "/no/such/model", "--drafter", "token-recycling", "--pro
         ["generate", "--prompt", "a", "--verifier", "typical", "--set", "typical.epsilon=2"],
         ("epsilon=2", "at most 1"),
     ),
-    (["generate", "--prompt", "a", "--verifier", "typical", "--set", "typical.eps=1"], ("typical has no option 'eps'",)),
+    (["generate", "--prompt", "a", "--verifier", "typical", "--set", "typical.eps=1"], ("no option 'eps'",)),
     (
         ["generate", "tiny-draft", "--prompt", "a", "--drafter", "medusa"],
         ("needs heads trained for this model", "--set medusa.checkpoint=FOLDER"),

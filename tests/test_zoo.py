@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from specdec import zoo
+from specdec import Decoder, zoo
+from specdec.training.heads import methods
+from specdec.training.recipe import RECIPES
 
 TINY = Path(zoo.__file__).parent / "tiny"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -34,8 +37,9 @@ def test_names_paths_and_prompts() -> None:
     assert len({p.id for p in prompts}) == len({p.prompt for p in prompts}) == 48
 
 
-def test_what_ships_is_at_most_20_megabytes() -> None:
-    assert sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file()) < 20e6
+def test_the_models_are_at_most_20_megabytes() -> None:
+    files = (file for file in TINY.rglob("*") if file.is_file() and "heads" not in file.parts)
+    assert sum(file.stat().st_size for file in files) < 20e6
 
 
 def test_both_models_load_from_the_package_with_one_vocabulary() -> None:
@@ -116,3 +120,31 @@ def test_no_prompt_is_in_the_training_text() -> None:
     train = [text for source in documents.values() for text in source.train]
     assert leaked([p.prompt for p in zoo.prompts()], train) == []
     assert leaked([train[0]], train) == [train[0]]  # the check can fail
+
+
+HEADS = zoo.heads("tiny")
+
+
+class TestHeads:
+    def test_every_method_ships_one_and_together_they_are_small(self) -> None:
+        assert sorted(HEADS) == methods()
+        assert sum(file.stat().st_size for folder in HEADS.values() for file in folder.rglob("*")) < 12e6
+
+    @pytest.mark.parametrize("name", sorted(HEADS))
+    def test_it_drafts_for_tiny_and_says_how_it_was_made(self, name: str) -> None:
+        model, tokenizer = zoo.load("tiny", torch.float32)
+        model.eval()
+        decoder = Decoder(model, name, checkpoint=HEADS[name])
+        tokens = steps = 0
+        for prompt in zoo.prompts("tiny")[::12]:
+            inputs = tokenizer(prompt.prompt, return_tensors="pt")
+            want = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+            assert torch.equal(decoder.generate(**inputs, max_new_tokens=32, do_sample=False), want)
+            tokens, steps = tokens + decoder.stats.new_tokens, steps + len(decoder.stats.steps)
+        assert tokens / steps > 1.4
+        assert decoder.drafter.head.config.target_id == "tiny"
+        record = json.loads((HEADS[name] / "training.json").read_text())
+        recipe = yaml.safe_load((RECIPES / "heads" / f"{name}.yaml").read_text())
+        made = record["settings"] | record["options"]
+        assert {key: made[key] for key in recipe} == recipe
+        assert "/" not in (HEADS[name] / "config.json").read_text(), "no path of the machine that trained it"

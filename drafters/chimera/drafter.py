@@ -29,7 +29,7 @@ class Chimera(HeadDrafter[ChimeraHead]):
 
     Args:
         checkpoint, size: see ``HeadDrafter``.
-        depth: levels of the tree; None: as many as there are heads.
+        depth: levels of the tree, at most as many as there are heads; None: chosen by the kind of device.
         width: nodes expanded per level, and children asked of each; None: chosen by the kind of device.
         chain: the likeliest node of each level alone, as batched engines run it.
 
@@ -56,12 +56,15 @@ class Chimera(HeadDrafter[ChimeraHead]):
             raise UsageError(f"depth={depth} must be from 1 to {K}, the heads of this checkpoint")
         if width is not None and width < 1:
             raise UsageError(f"width={width} must be at least 1 (a chain)")
-        self.depth = depth or K
+        self._depth = depth
         self._width = 1 if chain else width
 
     def bind(self, target: Target) -> None:
         super().bind(target)
-        self.width = self._width or (2 if target.device.type == "cpu" else 8)
+        cpu, K = target.device.type == "cpu", self.head.depths
+        # on a CPU: the fastest of what was tried with the embedded model on training prompts
+        self.depth = self._depth or (min(3, K) if cpu else K)
+        self.width = self._width or (2 if cpu else 8)
         if target.capability.tier != "tree":  # only a chain can be verified
             self.width = 1
 
