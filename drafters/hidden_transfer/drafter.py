@@ -22,8 +22,8 @@ from specdec.target import StepOutput, Target
 from specdec.tree import DraftTree, ProbeLayout, Probes, Proposal
 
 MODES = ("one-pass", "two-pass")
-# On a CPU columns cost more than a step without drafts now and then: in trees of 8 nodes of the embedded model, on training
-# prompts, 1, 2 and 8 anchors gave 1.05, 1.04 and 0.92 times plain generate()'s tokens per second, and two passes 0.78.
+# On a CPU columns cost more than a step without drafts now and then: in trees of 8 nodes of the embedded model, on
+# training prompts, 1, 2 and 8 anchors gave 1.05, 1.04 and 0.92 times generate()'s tokens per second, two passes 0.78.
 CPU_ANCHORS = 1
 
 
