@@ -91,7 +91,7 @@ def _try(target: Target, compiled: Callable[..., Any]) -> str | None:
     chain, tree = Topology.chain(0), Topology([-1, 0, 0])
     try:
         for topology in (chain, tree):
-            for length in (0, 1):  # a second length, so that lengths are symbolic from now on
+            for length in (0, 1):  # a second length and cache size, so that both are symbolic from now on
                 want, got = (_logits(target, run, topology, length) for run in (target.model, compiled))
                 # as far apart as two kernels' roundings; a wrong mask or position is far outside
                 scale = float(want.abs().max())
@@ -108,7 +108,7 @@ def _logits(target: Target, run: Callable[..., Any], topology: Topology, longer:
     text = np.array([t % target.vocab_size for t in (_PREFIX * 2)[: len(_PREFIX) + longer]])
     tree = DraftTree(topology, np.array([t % target.vocab_size for t in (11, 12, 13)])[: len(topology)])
     with target.session():
-        target.open([0], 64)
+        target.open([0], 64 * (1 + longer))
         target.run = target.model
         first = target.step([text], [Proposal(DraftTree.root(int(text[-1])))])
         target.commit(first, [[]])

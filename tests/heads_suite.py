@@ -60,8 +60,9 @@ def overfit(
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), "the target was trained"
     learner.head.config.acceptance = [[1.0]] * learner.head.depths  # a chain, where trees are cut from it
     cls = registry.drafter_class(method)
-    chain = {"chain": True} if "chain" in registry.options(cls) else {}
-    drafter = registry.drafter(method, checkpoint=learner.head.eval(), size=learner.head.depths + 1, **chain)
+    wanted = {"chain": True, "depth": learner.head.depths, "size": learner.head.depths + 1}
+    fitting = {name: value for name, value in wanted.items() if name in registry.options(cls)}
+    drafter = registry.drafter(method, checkpoint=learner.head.eval(), **fitting)
     decoder = Decoder(model, drafter)
     tokens = steps = 0
     for prompt in prompts:

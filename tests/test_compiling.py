@@ -36,6 +36,8 @@ def test_compiled_steps_leave_the_text_alone_and_compile_nothing_more(make):
         before = graphs()
         for _ in range(2):
             assert new_tokens(decoder, PROMPT, **GREEDY) == want, name
+        # a cache of another size, and a last step of a single column
+        new_tokens(decoder, PROMPT, **{**GREEDY, "max_new_tokens": 120})
         if name != "lookahead":  # its steps carry probes and run uncompiled
             assert graphs() == before, f"{name}: a request waited for the compiler"
         assert decoder.stats.compilation.startswith("inductor")

@@ -262,7 +262,11 @@ class TestCommand:
         out = tmp_path / "a.jsonl"
         command = ["distill", checkpoint, "--prompts", prompts, "--out", str(out), "--batch-size", "1"]
         command += ["--max-new-tokens", "200"]
-        script = [sys.executable, "-c", "from specdec.cli import app; app()", *command]
+        slow = (  # a batch takes a while, or all are done before the signal comes
+            "import time, specdec.decoder as m; run = m.Decoder.run; "
+            "m.Decoder.run = lambda *a, **k: (time.sleep(0.3), run(*a, **k))[1]; from specdec.cli import app; app()"
+        )
+        script = [sys.executable, "-c", slow, *command]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True, env=environment)
         deadline = time.monotonic() + 60

@@ -207,7 +207,7 @@ def test_scratch_growth_gives_each_paths_logits_and_leaves_no_trace(make):
 
 
 def test_the_head_is_exact_with_softcap_and_scale():
-    assert Target(tiny_gemma2(final_logit_softcapping=5.0)).head._cap == 5.0
+    assert Target(tiny_gemma2(final_logit_softcapping=5.0)).head.cap == 5.0
     target = Target(tiny_gemma2(final_logit_softcapping=5.0), Needs(final_hidden=True))
     output = _step(target, TREE, None)
     assert torch.allclose(target.logits(output.taps["final_hidden"])[0, -4:], output.logits[0], atol=1e-4)
