@@ -33,7 +33,7 @@ slow: .venv/.ready  ## the proofs that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
 COLD := none,prompt-lookup,token-recycling,aded,suffix,hybrid,lookahead,jacobi,draft-model
-COMPILED := none,prompt-lookup,token-recycling,aded,suffix,hybrid,draft-model,medusa,chimera,eagle3
+COMPILED := none,prompt-lookup,token-recycling,aded,suffix,hybrid,draft-model
 HEADS := none,medusa,hidden-transfer,hidden-transfer-all=hidden-transfer,chimera,eagle3
 WARM := token-recycling,aded,suffix,hybrid,lookahead
 results: .venv/.ready  ## the README's figures: all 48 prompts, into bench/results (leave the machine alone meanwhile)

@@ -64,7 +64,7 @@ def compile_steps(target: Target, mode: Mode) -> tuple[Callable[..., Any] | None
     problem = _obstacle(target)
     if problem is None:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
-        compiled = torch.compile(target.model.forward, dynamic=True)
+        compiled = torch.compile(_forward(target), dynamic=True)
         start = perf_counter()
         problem = _try(target, compiled)
         if problem is None:
@@ -73,6 +73,21 @@ def compile_steps(target: Target, mode: Mode) -> tuple[Callable[..., Any] | None
     if mode == "auto":
         return None, Compilation("off", problem)
     raise CompatibilityError(f"compile={mode!r}: {problem}; use compile='off'")
+
+
+def _forward(target: Target) -> Callable[..., Any]:
+    """The model's forward as a function of this target alone.
+
+    torch keeps graphs by code object and does not look at hooks, so a graph of another Decoder on the same model, made
+    without the taps of this one, would serve here too.
+    """
+    model = target.model
+
+    def forward(**inputs: Any) -> Any:
+        return model.forward(**inputs)
+
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_{id(target)}")
+    return forward
 
 
 def _obstacle(target: Target) -> str | None:

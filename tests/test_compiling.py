@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import left_padded, new_tokens
+from heads_suite import random_head
 from tiny_models import tiny_gemma2, tiny_llama
 from torch._dynamo.utils import counters
 from transformers import BloomConfig, BloomForCausalLM
@@ -14,6 +15,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from specdec import Decoder, compiling
 from specdec.cli import common
 from specdec.errors import CompatibilityError, UsageError
+from specdec.target import Target
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 PROMPT = {"input_ids": torch.tensor([[5, 9, 33, 5, 9, 33, 5, 9]])}
@@ -28,22 +30,29 @@ def graphs() -> int:
 def test_compiled_steps_leave_the_text_alone_and_compile_nothing_more(make):
     model = make()
     want = new_tokens(model, PROMPT, **GREEDY)
-    decoders = {
-        name: Decoder(model, name, compile="inductor") for name in ("none", "suffix", "token-recycling", "lookahead")
-    }
-    for name, decoder in decoders.items():
+    # one at a time: another Decoder on the same model costs the earlier ones a compilation
+    for name in ("none", "token-recycling", "lookahead", "suffix"):
+        decoder = Decoder(model, name, compile="inductor")
         assert decoder.target.compilation.mode == "inductor"
         before = graphs()
         for _ in range(2):
             assert new_tokens(decoder, PROMPT, **GREEDY) == want, name
-        # a cache of another size, and a last step of a single column
-        new_tokens(decoder, PROMPT, **{**GREEDY, "max_new_tokens": 120})
         if name != "lookahead":  # its steps carry probes and run uncompiled
             assert graphs() == before, f"{name}: a request waited for the compiler"
         assert decoder.stats.compilation.startswith("inductor")
     # rows of a batch, of different lengths
     rows = left_padded([torch.tensor([5, 9, 33, 5, 9]), torch.tensor([7, 8])])
-    assert new_tokens(decoders["suffix"], rows, **GREEDY) == new_tokens(model, rows, **GREEDY)
+    assert new_tokens(decoder, rows, **GREEDY) == new_tokens(model, rows, **GREEDY)
+
+
+def test_a_graph_without_taps_does_not_serve_a_drafter_that_needs_them():
+    model = tiny_llama()
+    want = new_tokens(model, PROMPT, **GREEDY)
+    assert new_tokens(Decoder(model, compile="inductor"), PROMPT, **GREEDY) == want
+    medusa = Decoder(model, "medusa", checkpoint=random_head("medusa", Target(model)), compile="inductor")
+    assert new_tokens(medusa, PROMPT, **GREEDY) == want
+    assert new_tokens(Decoder(model, "suffix", compile="inductor"), PROMPT, **GREEDY) == want
+    assert new_tokens(medusa, PROMPT, **GREEDY) == want
 
 
 def test_a_draft_model_is_compiled_too():
