@@ -131,6 +131,12 @@ class TestHeads:
         assert sum(file.stat().st_size for folder in HEADS.values() for file in folder.rglob("*")) < 12e6
 
     @pytest.mark.parametrize("name", sorted(HEADS))
+    def test_the_table_of_acceptance_is_what_the_checkpoints_say(self, name: str) -> None:
+        acceptance = json.loads((HEADS[name] / "config.json").read_text())["acceptance"]
+        cells = [f"{row[0]:.3f}, {sum(row[:5]):.3f}" for row in acceptance[:4]]
+        assert " | ".join(cells) in (TINY / "heads" / "README.md").read_text()
+
+    @pytest.mark.parametrize("name", sorted(HEADS))
     def test_it_drafts_for_tiny_and_says_how_it_was_made(self, name: str) -> None:
         model, tokenizer = zoo.load("tiny", torch.float32)
         model.eval()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -57,7 +58,7 @@ class HeadConfig:
         }
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """A trained module that reads the target's hidden states and predicts the tokens after the next one.
 
     Class attributes:
@@ -85,27 +86,30 @@ class Head(nn.Module):
     # ---- what a method implements -----------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def needs(self) -> Needs:
         """Hidden states it reads, in training as in use."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def depths(self) -> int:
         """K, how many tokens beyond the next one it is trained to predict."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def fresh(cls: type[AnyHead], target: Target, **options: Any) -> AnyHead:
         """An untrained head for ``target``; ``options`` are the method's own.
 
         Raises:
             UsageError: an option out of range.
         """
-        raise NotImplementedError
 
     def drafts(self, batch: Batch) -> Drafts:
-        """What it says along a text, teacher-forced and differentiable; ``shared`` must be attached."""
-        raise NotImplementedError
+        """What it says along a text, teacher-forced and differentiable; ``shared`` must be attached.
+
+        A method whose pseudo tokens run through the target itself overrides ``along`` instead.
+        """
+        raise TypeError(f"{type(self).__name__} says nothing along hidden states alone; use along()")
 
     def along(self, target: Target, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Drafts]:
         """The target's final hidden states [B, S, d] of a text, and what this head says along it.
@@ -119,10 +123,7 @@ class Head(nn.Module):
 
     @classmethod
     def foreign(cls, config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors] | None:
-        """Another tool's checkpoint as ours: (keywords of ``config_class``, tensors); None if it is not one known.
-
-        Facts the files do not tell may be left out of the keywords when ``complete`` can fill them from the target.
-        """
+        """Another tool's checkpoint as ours: (keywords of ``config_class``, tensors); None if it is not one known."""
         return None
 
     def fits(self, target: Target) -> str | None:

@@ -28,6 +28,7 @@ from specdec import registry
 from specdec.errors import UsageError, first_line
 from specdec.heads import Head, HeadDrafter, Learner
 from specdec.heads.checkpoint import replace_folder
+from specdec.training.lm import last_checkpoint
 from specdec.training.optimizer import MuonAdamW, parameter_groups
 
 if TYPE_CHECKING:
@@ -255,12 +256,6 @@ def train_learner(
 def public_name(target: str) -> str:
     """What others may call the target: a hub id or embedded name as it is, of a folder its last part."""
     return Path(target).name if Path(target).is_absolute() else target
-
-
-def last_checkpoint(run: Path) -> str | None:
-    """The newest whole checkpoint: Trainer writes ``trainer_state.json`` last, so one killed half-way has none."""
-    whole = [path for path in run.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
 def acceptance(head: Head, target: Target, samples: Dataset, ranks: int = RANKS) -> list[list[float]]:
