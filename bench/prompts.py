@@ -1,11 +1,14 @@
-"""Prompts to measure on: the embedded ones or a file's."""
+"""Prompts to measure on: embedded ones or a file's."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from specdec import zoo
 from specdec.errors import UsageError
@@ -20,36 +23,57 @@ class Prompt:
         text: what is tokenised.
         category: free; None when the source names none.
         where: how an error message points at it.
+        reference: a right answer, for tasks that have one.
     """
 
     id: str
     text: str
     category: str | None
     where: str
+    reference: str | None = None
 
 
 def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
     """The prompts of ``source``, at most ``limit``.
 
     Args:
-        source: "embedded"; a ``.jsonl`` file of objects with "prompt" (and optional "id" and "category"); or any
-            other text file, one prompt per line. Blank lines are skipped.
+        source: "embedded"; "tasks", the embedded ones that have reference answers; a ``.jsonl`` file of objects with
+            "prompt" (and optional "id", "category" and "reference"); or any other text file, one prompt per line. Blank
+            lines are skipped.
         limit: take the first ones. Embedded prompts alternate between categories, so a few are already a mixture.
 
     Raises:
         UsageError: no such file, or the line that is malformed.
     """
-    prompts = _embedded() if source == "embedded" else _file(Path(source).expanduser())
+    embedded = {"embedded": zoo.prompts, "tasks": zoo.tasks}
+    prompts = _embedded(embedded[source]("tiny")) if source in embedded else _file(Path(source).expanduser())
     return prompts[:limit]
 
 
-def _embedded() -> list[Prompt]:
+def encode(prompts: Sequence[Prompt], tokenizer: Any, model: PreTrainedModel, max_new_tokens: int) -> list[list[int]]:
+    """Token ids of every prompt; raises UsageError for one that leaves no room for the answer."""
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    ids = []
+    for prompt in prompts:
+        tokens = tokenizer(prompt.text).input_ids
+        if not tokens:
+            raise UsageError(f"--prompts {prompt.where}: the tokenizer makes no token of it; give at least one word")
+        if context is not None and len(tokens) + max_new_tokens > context:
+            raise UsageError(
+                f"--prompts {prompt.where}: {len(tokens)} tokens and --max-new-tokens {max_new_tokens} exceed the "
+                f"model's context of {context}; shorten the prompt or lower --max-new-tokens"
+            )
+        ids.append(tokens)
+    return ids
+
+
+def _embedded(prompts: Sequence[zoo.Prompt]) -> list[Prompt]:
     by_category: dict[str, list[zoo.Prompt]] = {}
-    for p in zoo.prompts("tiny"):
+    for p in prompts:
         by_category.setdefault(p.category, []).append(p)
     longest = max(map(len, by_category.values()))
     turns = [group[i] for i in range(longest) for group in by_category.values() if i < len(group)]
-    return [Prompt(p.id, p.prompt, p.category, f"embedded prompt {p.id}") for p in turns]
+    return [Prompt(p.id, p.prompt, p.category, f"embedded prompt {p.id}", p.reference) for p in turns]
 
 
 def _file(file: Path) -> list[Prompt]:
@@ -60,8 +84,8 @@ def _file(file: Path) -> list[Prompt]:
         raise UsageError(f"--prompts {file}:{line}: not UTF-8 text; save the file as UTF-8") from error
     except OSError as error:
         raise UsageError(
-            f"--prompts {file}: {error.strerror or error}; give `embedded`, a .jsonl file or a text file of one prompt "
-            "per line"
+            f"--prompts {file}: {error.strerror or error}; give `embedded`, `tasks`, a .jsonl file or a text file of "
+            "one prompt per line"
         ) from error
     parse = _json_prompt if file.suffix in (".jsonl", ".ndjson", ".json") else _line_prompt
     prompts = [parse(line, f"{file}:{i}", str(i)) for i, line in enumerate(lines, start=1) if line.strip()]
@@ -92,5 +116,9 @@ def _json_prompt(line: str, where: str, number: str) -> Prompt:
         have = "is empty" if isinstance(text, str) else "is not text" if "prompt" in entry else "is missing"
         keys = ", ".join(map(str, entry)) or "none"
         raise UsageError(f'--prompts {where}: "prompt" {have} (keys: {keys}); write {example}')
-    category = entry.get("category")
-    return Prompt(str(entry.get("id", number)), text, None if category is None else str(category), where)
+    category, reference = entry.get("category"), entry.get("reference")
+    if reference is not None and not isinstance(reference, str):
+        raise UsageError(
+            f'--prompts {where}: "reference" is not text; write the right answer as a string, or leave it out'
+        )
+    return Prompt(str(entry.get("id", number)), text, None if category is None else str(category), where, reference)

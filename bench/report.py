@@ -192,9 +192,9 @@ def write(report: Report, records: Sequence[Record], folder: Path) -> list[str]:
     Returns:
         Notes about what could not be written.
     """
-    _replace(folder / "results.json", json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n")
-    _replace(folder / "records.jsonl", "".join(json.dumps(r.to_json(), allow_nan=False) + "\n" for r in records))
-    _replace(folder / "results.md", markdown(report))
+    replace_text(folder / "results.json", json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n")
+    replace_text(folder / "records.jsonl", "".join(json.dumps(r.to_json(), allow_nan=False) + "\n" for r in records))
+    replace_text(folder / "results.md", markdown(report))
     if not report.rows:
         return []
     try:
@@ -208,7 +208,7 @@ def _part(file: Path) -> Path:
     return file.with_name(f".{file.name}.part")
 
 
-def _replace(file: Path, text: str) -> None:
+def replace_text(file: Path, text: str) -> None:
     part = _part(file)
     part.write_text(text, encoding="utf-8")
     os.replace(part, file)

@@ -262,8 +262,9 @@ class TestCommand:
         out = tmp_path / "a.jsonl"
         command = ["distill", checkpoint, "--prompts", prompts, "--out", str(out), "--batch-size", "1"]
         command += ["--max-new-tokens", "200"]
-        slow = (  # a batch takes a while, or all are done before the signal comes
-            "import time, specdec.decoder as m; run = m.Decoder.run; "
+        slow = (  # a batch takes a while, or all are done before the signal comes; a background job ignores Ctrl-C
+            "import signal, time, specdec.decoder as m; run = m.Decoder.run; "
+            "signal.signal(signal.SIGINT, signal.default_int_handler); "
             "m.Decoder.run = lambda *a, **k: (time.sleep(0.3), run(*a, **k))[1]; from specdec.cli import app; app()"
         )
         script = [sys.executable, "-c", slow, *command]

@@ -35,6 +35,10 @@ def test_names_paths_and_prompts() -> None:
         c: 8 for c in ("stories", "qa", "math", "code", "translation", "continuation")
     }
     assert len({p.id for p in prompts}) == len({p.prompt for p in prompts}) == 48
+    tasks = zoo.tasks()
+    assert Counter(t.category for t in tasks) == {"math": 50, "translation": 50}
+    assert all(t.reference for t in tasks)
+    assert len({t.prompt for t in (*prompts, *tasks)}) == 148
 
 
 def test_the_models_are_at_most_20_megabytes() -> None:
@@ -118,7 +122,7 @@ def test_no_prompt_is_in_the_training_text() -> None:
 
     documents = read_sources(load_recipe("tiny"), SHARED)
     train = [text for source in documents.values() for text in source.train]
-    assert leaked([p.prompt for p in zoo.prompts()], train) == []
+    assert leaked([p.prompt for p in (*zoo.prompts(), *zoo.tasks())], train) == []
     assert leaked([train[0]], train) == [train[0]]  # the check can fail
 
 

@@ -17,6 +17,7 @@ from specdec.cli.doctor import doctor
 from specdec.cli.export import export
 from specdec.cli.generate import generate
 from specdec.cli.listing import list_methods
+from specdec.cli.pareto import pareto
 from specdec.cli.table import table_app
 from specdec.cli.train_joint import train_app
 
@@ -52,6 +53,7 @@ app = typer.Typer(
 app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("bench-tables")(bench_tables)
+app.command("pareto")(pareto)
 app.command("distill")(distill)
 app.command("export")(export)
 app.command("doctor")(doctor)

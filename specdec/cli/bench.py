@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from specdec.bench.arms import Arm, Settings
     from specdec.bench.harness import Group, Harness
-    from specdec.bench.prompts import Prompt
 
 DRAFTERS = ("none", "prompt-lookup", "token-recycling", "aded", "suffix", "hybrid", "draft-model")
 
@@ -39,7 +38,10 @@ def bench(
     verifier: Annotated[str, typer.Option(help="Who decides which drafted tokens to keep.")] = "standard",
     draft: common.Draft = None,
     prompts: Annotated[
-        str, typer.Option(help='`embedded`, a .jsonl file of {"prompt": ...}, or a text file, one prompt per line.')
+        str,
+        typer.Option(
+            help='`embedded`, `tasks`, a .jsonl file of {"prompt": ...}, or a text file, one prompt per line.'
+        ),
     ] = "embedded",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per prompt.")] = 128,
@@ -75,12 +77,12 @@ def bench(
     from specdec.bench.baselines import BASELINES, REFERENCE
     from specdec.bench.environment import environment
     from specdec.bench.harness import Harness, grouped
-    from specdec.bench.prompts import load_prompts
+    from specdec.bench.prompts import encode, load_prompts
     from specdec.bench.report import Report, cautions, prepare_folder, show, write
     from specdec.bench.statistics import summarise
 
     # everything that can be wrong is checked before anything slow starts
-    rule, others = common.verifier_options(verifier, set_)
+    rule, others = common.verifier_options(verifier, set_, model)
     labels = common.labels("--drafters", drafters, {*BASELINES, *registry.verifier_names()})
     labels = labels or {name: name for name in (*DRAFTERS, *zoo.heads(model))}
     choices = {c.label: c for c in common.choose(labels, others, "--drafters", model)}
@@ -92,7 +94,7 @@ def bench(
     if out is not None:
         prepare_folder(out)
     texts = load_prompts(prompts, limit)
-    draft = common.draft_name(model, draft)
+    explicit_draft, draft = draft, common.draft_name(model, draft)
     notes: list[str] = []
     explicit = {*(chosen if drafters else ()), *(peers if baselines else ())}
 
@@ -103,7 +105,7 @@ def bench(
             names.remove(name)
             notes.append(f"{name} left out: {reason}")
 
-    drafting = {label for label, choice in choices.items() if common.takes_draft(choice.drafter)}
+    drafting = {label for label, choice in choices.items() if choice.takes_draft(explicit_draft)}
     if draft is None:
         reason = f"it needs --draft-model FOLDER or ID, {model} brings no draft model"
         for label in drafting:
@@ -117,13 +119,13 @@ def bench(
     with common.json_only(json_) as stdout:
         console = common.console(stderr=True)
         target, tokenizer = common.load_model(model, dtype, device), common.load_tokenizer(model)
-        groups = grouped([p.id for p in texts], _encode(texts, tokenizer, target, max_new_tokens), batch_size)
+        groups = grouped([p.id for p in texts], encode(texts, tokenizer, target, max_new_tokens), batch_size)
         loaded_draft = None
         if draft is not None and {*drafting, "hf-assisted"} & {*chosen, *peers}:
             same = str(target.dtype).removeprefix("torch.")
             loaded_draft = common.load_model(draft, same, device, "--draft-model")
         measured = [choices[label] for label in chosen]
-        arms = _arms(target, tokenizer, measured, (verifier, rule), peers, loaded_draft, warm, compile_)
+        arms = _arms(target, tokenizer, measured, (verifier, rule), peers, loaded_draft, drafting, warm, compile_)
         settings = [Settings(max_new_tokens, t) for t in temperatures]
         harness = Harness(target, seed)
         try:
@@ -188,23 +190,6 @@ def _temperatures(text: str) -> list[float]:
     return list(dict.fromkeys(values))
 
 
-def _encode(prompts: Sequence[Prompt], tokenizer: Any, model: PreTrainedModel, max_new_tokens: int) -> list[list[int]]:
-    """Token ids of every prompt, all of which must leave room for the answer."""
-    context = common.context_of(model)
-    ids = []
-    for prompt in prompts:
-        tokens = tokenizer(prompt.text).input_ids
-        if not tokens:
-            raise UsageError(f"--prompts {prompt.where}: the tokenizer makes no token of it; give at least one word")
-        if context is not None and len(tokens) + max_new_tokens > context:
-            raise UsageError(
-                f"--prompts {prompt.where}: {len(tokens)} tokens and --max-new-tokens {max_new_tokens} exceed the "
-                f"model's context of {context}; shorten the prompt or lower --max-new-tokens"
-            )
-        ids.append(tokens)
-    return ids
-
-
 def _arms(
     target: PreTrainedModel,
     tokenizer: Any,
@@ -212,10 +197,11 @@ def _arms(
     verifier: tuple[str, dict[str, Any]],
     peers: Sequence[str],
     draft: PreTrainedModel | None,
+    drafting: set[str],
     warm: bool,
     compile_: str,
 ) -> list[Arm]:
-    """Every method of the table, baselines first."""
+    """Every method of the table, baselines first; those in ``drafting`` draft with ``draft``."""
     from specdec import registry
     from specdec.bench.arms import DecoderArm
     from specdec.bench.baselines import baseline
@@ -224,7 +210,7 @@ def _arms(
     arms: list[Arm] = []
     name, rule = verifier
     for choice in drafters:
-        drafter = choice.make(draft=draft) if common.takes_draft(choice.drafter) else choice.make()
+        drafter = choice.make(draft=draft) if choice.label in drafting else choice.make()
         judge = registry.verifier(name, **rule)
         decoder = Decoder(target, drafter, judge, tokenizer=tokenizer, compile=compile_)  # type: ignore[arg-type]
         arms.append(DecoderArm(choice.label, decoder, warm))

@@ -106,13 +106,6 @@ def load_tokenizer(name: str, argument: str = "MODEL") -> Any:
     return tokenizer
 
 
-def takes_draft(name: str) -> bool:
-    """Whether a drafter brings a model of its own, which --draft-model names."""
-    from specdec import registry
-
-    return "draft" in registry.options(registry.drafter_class(name))
-
-
 def draft_name(model: str, draft: str | None) -> str | None:
     """The draft model to use: the one asked for, or the embedded model's own."""
     if draft is None and _embedded(f"{model}-draft"):
@@ -144,6 +137,16 @@ class Choice:
             return registry.drafter(self.drafter, **{**self.brought, **self.options, **more})
         except UsageError as error:
             raise UsageError(f"{self.label}: {error}") from error
+
+    def takes_draft(self, asked: str | None = None) -> bool:
+        """Whether it drafts with the model of --draft-model; ``asked`` is what the user gave there.
+
+        An embedded model may bring a draft made for this method, which is used unless another is asked for.
+        """
+        from specdec import registry
+
+        takes = "draft" in registry.options(registry.drafter_class(self.drafter))
+        return takes and (asked is not None or "draft" not in self.brought)
 
     def with_options(self, **options: Any) -> Choice:
         return replace(self, options={**self.options, **options})
@@ -187,16 +190,23 @@ def labels(option: str, text: str | None, taken: Container[str] = ()) -> dict[st
     return found
 
 
-def verifier_options(verifier: str, settings: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
-    """The verifier's options among the values of --set, checked, and the values that are for drafters.
+def verifier_options(
+    verifier: str, settings: Sequence[str] | None, model: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The verifier's options, checked, and the values of --set that are for drafters.
+
+    Args:
+        verifier: its name.
+        settings: values of --set.
+        model: the model it will judge for; an embedded one may bring what was trained for it.
 
     Raises:
         UsageError: unknown verifier or option, a verifier not chosen, a value of the wrong kind or out of range.
     """
-    from specdec import registry
+    from specdec import registry, zoo
 
     cls = registry.verifier_class(verifier)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(zoo.brings(model).get(verifier, {})) if model is not None else {}
     others = []
     for pair in settings or ():
         key, equals, text = pair.partition("=")
@@ -244,24 +254,22 @@ def choose(
                 raise UsageError(f"--set {pair}: {label} was not chosen; add it to {option} ({', '.join(chosen)})")
             check_choice(f"--set {pair}: drafter", label, [*chosen, *registry.drafter_names()])
         options[label][name] = _option(classes[label], chosen[label], pair, name, text.strip())
-    embedded = zoo.heads(model) if model is not None else {}
+    embedded = zoo.brings(model) if model is not None else {}
     choices = []
     for label, name in chosen.items():
-        brought: dict[str, Any] = {}
-        if issubclass(classes[label], HeadDrafter) and "checkpoint" not in options[label]:
-            if name not in embedded:
-                raise UsageError(
-                    f"{option} {label}: it needs heads trained for this model; give --set {label}.checkpoint=FOLDER, "
-                    f"made by `specdec train {name}` or downloaded"
-                )
-            brought["checkpoint"] = embedded[name]
-        choices.append(Choice(label, name, options[label], brought))
+        choice = Choice(label, name, options[label], dict(embedded.get(name, {})))
+        if issubclass(classes[label], HeadDrafter) and "checkpoint" not in {**choice.options, **choice.brought}:
+            raise UsageError(
+                f"{option} {label}: it needs heads trained for this model; give --set {label}.checkpoint=FOLDER, "
+                f"made by `specdec train {name}` or downloaded"
+            )
+        choices.append(choice)
     for choice in choices:
         table = choice.options.get("table")
         if table is not None and issubclass(classes[choice.label], TableDrafter):
             store.header(table)
         # a mistake fails here; a draft model is loaded later, and makes the drafter anew
-        choice.make(**({"draft": ""} if takes_draft(choice.drafter) else {}))
+        choice.make(**({"draft": ""} if choice.takes_draft() else {}))
     return choices
 
 

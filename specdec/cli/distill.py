@@ -40,9 +40,9 @@ def distill(
     from specdec.training.distill import Settings, read_prompts, sha256
     from specdec.training.distill import distill as answer
 
-    if common.takes_draft(drafter):
-        raise UsageError(f"--drafter {drafter}: it never pays in batches; use none, or one that needs no other model")
     (choice,) = common.choose({drafter: drafter}, None, "--drafter", model)
+    if choice.takes_draft():
+        raise UsageError(f"--drafter {drafter}: it never pays in batches; use none, or one that needs no other model")
     asked = read_prompts(prompts)[:limit]
     common.quiet()
     target, tokenizer = common.load_model(model, dtype, device), common.load_tokenizer(model)

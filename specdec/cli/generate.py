@@ -52,10 +52,10 @@ def generate(
     from specdec.bench.arms import Settings
     from specdec.decoder import Decoder
 
-    rule, others = common.verifier_options(verifier, set_)  # mistakes fail before anything is loaded
+    rule, others = common.verifier_options(verifier, set_, model)  # mistakes fail before anything is loaded
     (choice,) = common.choose({drafter: drafter}, others, "--drafter", model)
+    drafts = choice.takes_draft(draft)
     draft = common.draft_name(model, draft)
-    drafts = common.takes_draft(drafter)
     if drafts and draft is None:
         raise UsageError(f"--drafter {drafter} needs --draft-model FOLDER or ID: {model} brings no draft model")
     common.quiet()

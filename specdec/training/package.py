@@ -13,7 +13,7 @@ import numpy as np
 from specdec.heads.checkpoint import replace_folder
 
 from .data import Documents, read_sources
-from .prompts import held_out_prompts
+from .prompts import held_out_prompts, held_out_tasks
 from .recipe import Recipe, RecipeError
 from .report import bits_per_character
 
@@ -49,8 +49,9 @@ def package(recipe: Recipe, data: Path, run: Path, to: Path, characters: int = 1
         if name != "target":
             (part / name / "tokenizer.model").unlink()  # the target's folder has it
     prompts = held_out_prompts(recipe, documents)
-    lines = [json.dumps(row, ensure_ascii=False) for row in prompts]
-    (part / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for file, rows in (("prompts.jsonl", prompts), ("tasks.jsonl", held_out_tasks(recipe, documents))):
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        (part / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     mixed = np.load(run / "data" / "blocks.npy", mmap_mode="r").size
     bits, samples = {}, []
@@ -222,6 +223,7 @@ Lower is better; documents cut at {block} tokens, shipped bfloat16 weights compu
 
 The target's, 128 new tokens at most, untouched; the answer begins at the bar. First two prompts of each category of
 `prompts.jsonl` (48 held-out prompts, 8 in each of 6 categories): greedy, and the stories also at temperature 0.7.
+`tasks.jsonl` holds 50 problems and 50 translations more, with reference answers, for `specdec pareto`.
 
 {samples}
 ## Limits

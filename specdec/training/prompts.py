@@ -13,6 +13,7 @@ from .data import Documents, leaked, overlaps, shingles
 from .recipe import Recipe, RecipeError
 
 EACH = 8  # held-out prompts a category
+TASKS = 50  # held-out tasks with an answer, a category
 USES = 3  # training prompts a document
 
 
@@ -35,6 +36,35 @@ def held_out_prompts(recipe: Recipe, documents: dict[str, Documents]) -> list[di
         numbers[row["category"]] = numbers.get(row["category"], 0) + 1
         row["id"] = f"{row['category']}-{numbers[row['category']]}"
     return [{key: row[key] for key in ("id", "category", "prompt", "source")} for row in rows]
+
+
+def held_out_tasks(recipe: Recipe, documents: dict[str, Documents]) -> list[dict[str, Any]]:
+    """50 problems and 50 translations with their reference answers, none of them in the training text.
+
+    They are other documents than those of `held_out_prompts`; seeded by the recipe.
+    """
+    train = [text for source in documents.values() for text in source.train]
+    shown = {row["prompt"] for row in held_out_prompts(recipe, documents)}
+    rows = []
+    for category, source, mark in (("math", "gsm8k", "\nAnswer:"), ("translation", "europarl", "\nEnglish:")):
+        short = (text.split(mark, 1) for text in documents[source].held_out if len(text.split()) <= 200)
+        pairs = [(prompt + mark, answer.strip()) for prompt, answer in short if prompt + mark not in shown]
+        random.Random(f"{recipe.seed} tasks {category}").shuffle(pairs)
+        known = set(leaked([prompt for prompt, _ in pairs], train))
+        chosen = [(prompt, answer) for prompt, answer in pairs if prompt not in known][:TASKS]
+        if len(chosen) < TASKS:
+            raise RecipeError(f"source {source!r} holds out too little text for {TASKS} tasks of {category!r}")
+        rows += [
+            {
+                "id": f"task-{category}-{n}",
+                "category": category,
+                "prompt": prompt,
+                "source": source,
+                "reference": answer,
+            }
+            for n, (prompt, answer) in enumerate(chosen, start=1)
+        ]
+    return rows
 
 
 def _candidates(documents: dict[str, Documents]) -> Iterator[tuple[str, str, Iterator[str]]]:

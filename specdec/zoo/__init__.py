@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 _FOLDERS = {"tiny": HERE / "tiny" / "target", "tiny-draft": HERE / "tiny" / "draft"}
 _HEADS = {"tiny": HERE / "tiny" / "heads"}
 _PROMPTS = {"tiny": HERE / "tiny" / "prompts.jsonl"}
+_TASKS = {"tiny": HERE / "tiny" / "tasks.jsonl"}
 
 
 class ZooError(UsageError):
@@ -30,6 +31,7 @@ class Prompt:
     category: str  # stories, qa, math, code, translation or continuation
     prompt: str
     source: str  # source of the recipe whose held-out part it was taken from
+    reference: str | None = None  # a right answer, of tasks
 
 
 def names() -> list[str]:
@@ -47,6 +49,11 @@ def heads(name: str) -> dict[str, Path]:
     folder = _HEADS.get(name)
     found = sorted(folder.glob("*/config.json")) if folder is not None else []
     return {file.parent.name: file.parent for file in found}
+
+
+def brings(name: str) -> dict[str, dict[str, Path]]:
+    """Method -> options whose values were made for the packaged model `name`; empty for others."""
+    return {drafter: {"checkpoint": folder} for drafter, folder in heads(name).items()}
 
 
 def load(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -70,9 +77,18 @@ def load(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
 
 def prompts(name: str = "tiny") -> list[Prompt]:
     """The 48 held-out prompts of `name`, 8 in each of 6 categories."""
-    file = _PROMPTS.get(name)
+    return _prompts(name, _PROMPTS)
+
+
+def tasks(name: str = "tiny") -> list[Prompt]:
+    """50 held-out problems and 50 translations of `name`, with reference answers; none is among its `prompts`."""
+    return _prompts(name, _TASKS)
+
+
+def _prompts(name: str, files: dict[str, Path]) -> list[Prompt]:
+    file = files.get(name)
     if file is None:
-        raise ZooError(f"zoo model {name!r} has no prompts: choose one of {sorted(_PROMPTS)}")
+        raise ZooError(f"zoo model {name!r} has no prompts: choose one of {sorted(files)}")
     try:
         return [Prompt(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, TypeError) as error:
