@@ -106,7 +106,7 @@ class Decoder(GenerateSurface):
         scratch_forwards = self.drafter.forwards
         self.drafter.begin(state)
         try:
-            self._prefill(state, stats, clock)
+            self._read(state, [True] * len(state.rows), clock)
             while state.rows:
                 step = StepStats()
                 stats.steps.append(step)
@@ -137,6 +137,8 @@ class Decoder(GenerateSurface):
         step: StepStats,
         clock: Clock,
     ) -> None:
+        # a row that skipped many forwards reads what it missed in chunks, as it would a prompt
+        self._read(state, [p is not None and p.tree is not None for p in proposals], clock)
         with clock.phase(step, "forward"):
             output = self.target.step([row.tokens for row in state.rows], proposals)
         with clock.phase(step, "verify"):
@@ -164,27 +166,29 @@ class Decoder(GenerateSurface):
             if verdict is not None:
                 verdict.kept = columns
 
-    def _prefill(self, state: DecodeState, stats: GenerationStats, clock: Clock) -> None:
-        """Forward long prompts in chunks, until what is pending fits into the first real step."""
-        ends = [len(row.tokens) - self.prefill_chunk for row in state.rows]
-        for chunk, output, verdicts, step in self._feed(state, ends, stats, clock):
+    def _read(self, state: DecodeState, asked: Sequence[bool], clock: Clock) -> None:
+        """Forward long texts of the rows ``asked`` in chunks, until what is pending fits into one real step."""
+        ends = [
+            len(row.tokens) - self.prefill_chunk if wanted else 0 for row, wanted in zip(state.rows, asked, strict=True)
+        ]
+        for chunk, output, verdicts, step in self._feed(state, ends, clock):
             with clock.phase(step, "observe"):
                 self.drafter.observe(state, chunk, output, verdicts)
 
     def catch_up(self, state: DecodeState) -> None:
         """Bring every token but the last into the cache, for a caller who wants the cache back."""
-        assert self.stats is not None
         ends = [len(row.tokens) - 1 for row in state.rows]
-        for _ in self._feed(state, ends, self.stats, Clock(self.target.device)):
+        for _ in self._feed(state, ends, Clock(self.target.device)):
             pass
 
     def _feed(
-        self, state: DecodeState, ends: Sequence[int], stats: GenerationStats, clock: Clock
+        self, state: DecodeState, ends: Sequence[int], clock: Clock
     ) -> Iterator[tuple[list[Proposal | None], StepOutput, list[Verdict | None], StepStats]]:
         """Commit each row's tokens up to ``ends`` in root-only chunks that emit nothing."""
+        assert self.stats is not None
         while any(n < end for n, end in zip(self.target.lengths, ends, strict=True)):
             step = StepStats(columns=self.prefill_chunk)
-            stats.steps.append(step)
+            self.stats.steps.append(step)
             stops = [min(n + self.prefill_chunk, end) for n, end in zip(self.target.lengths, ends, strict=True)]
             tokens = [row.tokens[: max(stop, 0)] for row, stop in zip(state.rows, stops, strict=True)]
             chunk = [

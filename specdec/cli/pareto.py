@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CURVES = {
     "rollback": "rollback.threshold=0,1,2,3,5,8",
     "typical": "typical.epsilon=0.01,0.03,0.09,0.3,1",
-    "ead": "ead.tau=0,0.5,1,2,3,4",
+    "ead": "ead.tau=0,2,3,4,5,6",
 }
 PARTNERS = {"rollback": "bild"}  # the drafter a verifier was made for; others draft with the draft model
 
