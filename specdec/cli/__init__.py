@@ -20,6 +20,7 @@ from specdec.cli.listing import list_methods
 from specdec.cli.pareto import pareto
 from specdec.cli.table import table_app
 from specdec.cli.train_joint import train_app
+from specdec.cli.tune import tune
 
 
 class Commands(TyperGroup):
@@ -53,6 +54,7 @@ app = typer.Typer(
 app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("bench-tables")(bench_tables)
+app.command("tune")(tune)
 app.command("pareto")(pareto)
 app.command("distill")(distill)
 app.command("export")(export)
