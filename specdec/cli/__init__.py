@@ -9,7 +9,9 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from specdec.cli import train_heads, train_joint, train_judge  # noqa: F401 - they add commands to train_app
 from specdec.cli.bench import bench
+from specdec.cli.bench_online import bench_online
 from specdec.cli.bench_tables import bench_tables
 from specdec.cli.common import one_line
 from specdec.cli.distill import distill
@@ -19,7 +21,7 @@ from specdec.cli.generate import generate
 from specdec.cli.listing import list_methods
 from specdec.cli.pareto import pareto
 from specdec.cli.table import table_app
-from specdec.cli.train_joint import train_app
+from specdec.cli.train import train_app
 from specdec.cli.tune import tune
 
 
@@ -54,6 +56,7 @@ app = typer.Typer(
 app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("bench-tables")(bench_tables)
+app.command("bench-online")(bench_online)
 app.command("tune")(tune)
 app.command("pareto")(pareto)
 app.command("distill")(distill)

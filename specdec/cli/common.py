@@ -219,6 +219,12 @@ def verifier_options(
             raise UsageError(f"--set {pair!r}: write VERIFIER.OPTION=VALUE, for example --set typical.epsilon=0.2")
         else:
             options[name] = _option(cls, verifier, pair, name, text.strip())
+    missing = [name for name, default in registry.options(cls).items() if default is inspect.Parameter.empty]
+    if not set(missing) <= set(options):
+        raise UsageError(
+            f"--verifier {verifier}: it needs what was trained for this model; give --set {verifier}.{missing[0]}="
+            f"FOLDER, made by `specdec train {verifier}`"
+        )
     registry.verifier(verifier, **options)
     return options, others
 

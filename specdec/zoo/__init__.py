@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 _FOLDERS = {"tiny": HERE / "tiny" / "target", "tiny-draft": HERE / "tiny" / "draft"}
 _HEADS = {"tiny": HERE / "tiny" / "heads"}
+_MADE = {"tiny": {"judge": {"checkpoint": HERE / "tiny" / "judge"}}}
 _PROMPTS = {"tiny": HERE / "tiny" / "prompts.jsonl"}
 _TASKS = {"tiny": HERE / "tiny" / "tasks.jsonl"}
 
@@ -53,7 +54,8 @@ def heads(name: str) -> dict[str, Path]:
 
 def brings(name: str) -> dict[str, dict[str, Path]]:
     """Method -> options whose values were made for the packaged model `name`; empty for others."""
-    return {drafter: {"checkpoint": folder} for drafter, folder in heads(name).items()}
+    made = {drafter: {"checkpoint": folder} for drafter, folder in heads(name).items()}
+    return made | _MADE.get(name, {})
 
 
 def load(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
