@@ -14,7 +14,7 @@ from specdec.cli.train import require_extra, train_app, writable
 
 @train_app.command("s2d")
 def s2d(
-    draft: Annotated[str, typer.Option(help="The model to sort, with its tokenizer: `tiny-draft`, a folder or hub id.")],
+    draft: Annotated[str, typer.Option(help="The model to sort: `tiny-draft`, a local folder or a hub id.")],
     data: Annotated[str, typer.Option(help="JSONL of conversations, of `specdec distill`, ..., or a hub id.")],
     out: Annotated[Path, typer.Option(help="Folder of the finished model; OUT.run keeps the run.")],
     submodels: Annotated[

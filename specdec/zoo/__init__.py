@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 _FOLDERS = {"tiny": HERE / "tiny" / "target", "tiny-draft": HERE / "tiny" / "draft"}
 _HEADS = {"tiny": HERE / "tiny" / "heads"}
-_MADE = {"tiny": {"judge": {"checkpoint": HERE / "tiny" / "judge"}}}
+_MADE = {
+    "tiny": {"judge": {"checkpoint": HERE / "tiny" / "judge"}, "s2d": {"draft": HERE / "tiny" / "nested"}},
+}
 _PROMPTS = {"tiny": HERE / "tiny" / "prompts.jsonl"}
 _TASKS = {"tiny": HERE / "tiny" / "tasks.jsonl"}
 
