@@ -20,6 +20,7 @@ from specdec.cli.export import export
 from specdec.cli.generate import generate
 from specdec.cli.listing import list_methods
 from specdec.cli.pareto import pareto
+from specdec.cli.spec_bench import spec_bench_app
 from specdec.cli.table import table_app
 from specdec.cli.train import train_app
 from specdec.cli.tune import tune
@@ -63,6 +64,7 @@ app.command("distill")(distill)
 app.command("export")(export)
 app.command("doctor")(doctor)
 app.command("list")(list_methods)
+app.add_typer(spec_bench_app, name="spec-bench")
 app.add_typer(table_app, name="table")
 app.add_typer(train_app, name="train")
 
