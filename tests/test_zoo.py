@@ -27,7 +27,7 @@ TEXTS = [
 
 
 def test_names_paths_and_prompts() -> None:
-    assert zoo.names() == ["tiny", "tiny-draft"]
+    assert zoo.names() == ["tiny", "tiny-draft", "tiny-lexical-units"]
     assert zoo.path("tiny") == TINY / "target"
     assert zoo.path("gpt2") is None
     prompts = zoo.prompts()
@@ -42,8 +42,9 @@ def test_names_paths_and_prompts() -> None:
 
 
 def test_the_models_are_at_most_20_megabytes() -> None:
-    files = (file for file in TINY.rglob("*") if file.is_file() and "heads" not in file.parts)
-    assert sum(file.stat().st_size for file in files) < 20e6
+    folders = {path.name: sum(f.stat().st_size for f in path.rglob("*")) for path in TINY.iterdir() if path.is_dir()}
+    assert folders["target"] + folders["draft"] < 20e6
+    assert sum(size for name, size in folders.items() if name not in ("target", "draft", "heads")) < 12e6
 
 
 def test_both_models_load_from_the_package_with_one_vocabulary() -> None:
@@ -154,7 +155,7 @@ class TestHeads:
         assert tokens / steps > 1.4
         assert decoder.drafter.head.config.target_id == "tiny"
         record = json.loads((HEADS[name] / "training.json").read_text())
-        recipe = yaml.safe_load((RECIPES / "heads" / f"{name}.yaml").read_text())
+        recipe = yaml.safe_load((RECIPES / "methods" / f"{name}.yaml").read_text())
         made = record["settings"] | record["options"]
         assert {key: made[key] for key in recipe} == recipe
         assert "/" not in (HEADS[name] / "config.json").read_text(), "no path of the machine that trained it"

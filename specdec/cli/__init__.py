@@ -9,7 +9,13 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from specdec.cli import train_heads, train_joint, train_judge, train_sorted  # noqa: F401 - they add to train_app
+from specdec.cli import (  # noqa: F401 - they add commands to train_app
+    train_heads,
+    train_joint,
+    train_judge,
+    train_lexical_units,
+    train_sorted,
+)
 from specdec.cli.bench import bench
 from specdec.cli.bench_online import bench_online
 from specdec.cli.bench_tables import bench_tables

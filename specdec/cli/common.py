@@ -67,6 +67,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", argument: s
     import torch
     from transformers import AutoModelForCausalLM
 
+    from specdec import zoo
+
     embedded = _embedded(name)
     source = _source(name, argument)
     if dtype == "auto":
@@ -88,7 +90,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", argument: s
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
+    return zoo.adapted(name, model).to(device).eval()
 
 
 def load_tokenizer(name: str, argument: str = "MODEL") -> Any:

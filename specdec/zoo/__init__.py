@@ -1,4 +1,4 @@
-"""The models that ship inside the package: `tiny`, its draft `tiny-draft`, its trained heads, and held-out prompts."""
+"""The models that ship inside the package: `tiny`, what was trained for it or on top of it, and held-out prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     import torch
 
 HERE = Path(__file__).resolve().parent
-_FOLDERS = {"tiny": HERE / "tiny" / "target", "tiny-draft": HERE / "tiny" / "draft"}
+_FOLDERS = {
+    "tiny": HERE / "tiny" / "target",
+    "tiny-draft": HERE / "tiny" / "draft",
+    "tiny-lexical-units": HERE / "tiny" / "target",  # see `adapted`
+}
+_UNITS = {"tiny-lexical-units": HERE / "tiny" / "lexical-units"}
 _HEADS = {"tiny": HERE / "tiny" / "heads"}
 _MADE = {
     "tiny": {"judge": {"checkpoint": HERE / "tiny" / "judge"}, "s2d": {"draft": HERE / "tiny" / "nested"}},
@@ -60,6 +65,15 @@ def brings(name: str) -> dict[str, dict[str, Path]]:
     return made | _MADE.get(name, {})
 
 
+def adapted(name: str, model: Any) -> Any:
+    """`model`, read from `path(name)`, with what was trained on top of it; most have nothing."""
+    if name not in _UNITS:
+        return model
+    from specdec.drafters.lexical_units import load_merged
+
+    return load_merged(model, _UNITS[name])
+
+
 def load(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of the packaged model `name`, from the package alone; `dtype` None keeps bfloat16."""
     import torch
@@ -76,7 +90,7 @@ def load(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
             f"zoo model {name!r} could not be read from {folder} ({type(error).__name__}): "
             "reinstall specdec, or train it anew with `specdec train lm --recipe tiny`"
         ) from error
-    return model, tokenizer
+    return adapted(name, model), tokenizer
 
 
 def prompts(name: str = "tiny") -> list[Prompt]:
