@@ -4,7 +4,7 @@ BIN := .venv/bin
 RESULTS := bench/results
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint format slow results docs tables gpu clean
+.PHONY: demo test lint format slow results pareto tables-of-results docs tables gpu clean
 
 # torch comes first and exactly, so that no other package pulls in another build of it
 .venv/.ready: pyproject.toml constraints.txt
@@ -36,19 +36,37 @@ COLD := none,prompt-lookup,token-recycling,aded,suffix,hybrid,lookahead,jacobi,d
 COMPILED := none,prompt-lookup,token-recycling,aded,suffix,hybrid,draft-model
 HEADS := none,medusa,hidden-transfer,hidden-transfer-all=hidden-transfer,chimera,eagle3
 WARM := token-recycling,aded,suffix,hybrid,lookahead
-results: .venv/.ready  ## the README's figures: all 48 prompts, into bench/results (leave the machine alone meanwhile)
+TWO := none,draft-model,rsd,bild,s2d,s2d-2=s2d,s2d-6=s2d,auto
+PARETO := --limit 60 --set draft-model.length=8
+results: .venv/.ready  ## the figures of README and docs/results.md, into bench/results (leave the machine alone meanwhile)
 	for t in 0 1; do \
 	  $(BIN)/specdec bench tiny --temperature $$t --drafters $(COLD) --out $(RESULTS)/cold-$$t || exit 1; \
 	  $(BIN)/specdec bench tiny --temperature $$t --drafters $(WARM) --baselines hf-generate --warm \
 	    --out $(RESULTS)/warm-$$t || exit 1; \
 	  $(BIN)/specdec bench tiny --temperature $$t --drafters $(HEADS) --set hidden-transfer-all.anchors=8 \
-	    --baselines hf-generate \
-	    --out $(RESULTS)/heads-$$t || exit 1; \
+	    --baselines hf-generate --out $(RESULTS)/heads-$$t || exit 1; \
+	  $(BIN)/specdec bench tiny --temperature $$t --drafters $(TWO) --set s2d-2.thresholds=0,0,0 \
+	    --set s2d-6.thresholds=1,1,0 --baselines hf-generate --out $(RESULTS)/two-models-$$t || exit 1; \
 	done
 	$(BIN)/specdec bench tiny --temperature 0,1 --compile inductor --drafters $(COMPILED) --baselines hf-generate \
 	  --out $(RESULTS)/compiled
-	$(BIN)/python -m specdec.bench.readme README.md \
-	  $(patsubst %,$(RESULTS)/%/results.md,cold-0 warm-0 heads-0 cold-1 warm-1 heads-1 compiled)
+	$(MAKE) tables-of-results
+
+pareto: .venv/.ready  ## speed against quality of the lossy methods, into bench/results (leave the machine alone meanwhile)
+	$(BIN)/specdec pareto tiny $(PARETO) --curve rollback.threshold=0,1,2,3,5,8 --curve ead.tau=0,3,4,5,6,7 \
+	  --curve judge.threshold=-1,0.5,0.742,0.9,1 --out $(RESULTS)/pareto-0
+	$(BIN)/specdec pareto tiny $(PARETO) --temperature 1 --curve typical.epsilon=0.01,0.03,0.09,0.3,1 \
+	  --set typical.delta=10000 --out $(RESULTS)/pareto-1
+	$(BIN)/specdec pareto tiny-lexical-units --limit 60 --curve lexical-units.beta=0.5,0.7,0.8,0.92,0.98,1.01 \
+	  --set lexical-units.mode=trusting --out $(RESULTS)/pareto-lexical-units
+	$(BIN)/specdec pareto tiny-image --temperature 1 --set draft-model.branching=3,2,1,1 \
+	  --curve lantern.factor=1,1.5,2,3,5,10 --out $(RESULTS)/pareto-image
+
+RESULTS_OF = $(patsubst %,$(RESULTS)/%/results.md,$(1))
+tables-of-results: .venv/.ready  ## put what stands in bench/results into README and docs/results.md
+	$(BIN)/python -m specdec.bench.readme README.md $(call RESULTS_OF,cold-0 cold-1)
+	$(BIN)/python -m specdec.bench.readme docs/results.md \
+	  $(call RESULTS_OF,warm-0 heads-0 two-models-0 warm-1 heads-1 two-models-1 compiled)
 
 docs: .venv/.ready  ## regenerate docs/families.md from its test
 	SPECDEC_WRITE_DOCS=1 $(BIN)/pytest tests/test_families.py

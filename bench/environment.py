@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from specdec.bench.grow import grown_note
+
 _PACKAGES = ("specdec", "torch", "transformers", "numba", "numpy")
 
 
@@ -43,6 +45,7 @@ def environment(model: PreTrainedModel, name: str) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
+        "grown": grown_note(model),
     }
 
 

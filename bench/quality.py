@@ -66,13 +66,14 @@ def score(mine: Statistic, plain: Statistic, prompts: int, resamples: int) -> Sc
     everyone = np.arange(prompts)
     picks = np.random.default_rng(0).integers(0, prompts, (resamples, prompts))
     values = np.array([(mine(pick), plain(pick)) for pick in picks])  # [resamples, 2]
-    value, base = mine(everyone), plain(everyone)
-    return Score(value, _interval(values[:, 0]), value - base, _interval(values[:, 0] - values[:, 1]))
+    value, change = mine(everyone), mine(everyone) - plain(everyone)
+    return Score(value, _interval(value, values[:, 0]), change, _interval(change, values[:, 0] - values[:, 1]))
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.nanquantile(values, [0.025, 0.975])
-    return float(low), float(high)
+def _interval(value: float, resampled: np.ndarray) -> tuple[float, float]:
+    """Percentiles, moved to where the score is: resamples of a Fréchet distance are larger than it on average."""
+    low, high = np.nanquantile(resampled, [0.025, 0.975]) - np.nanmean(resampled)
+    return value + float(low), value + float(high)
 
 
 class TextQuality:

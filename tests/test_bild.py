@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import OracleDrafter, left_padded, new_tokens
-from enumeration import Scripted, law, total_variation
 from families import noisy_copy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from tiny_models import tiny_llama, tiny_mistral
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from specdec import Decoder
+from specdec.bench.enumeration import Scripted, law, total_variation
 from specdec.drafters.bild import BiLD
 from specdec.errors import CompatibilityError, UsageError
 from specdec.sampling import Sampler

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import left_padded, new_tokens, word_tokenizer
-from enumeration import Scripted, law, total_variation
 from families import noisy_copy
 from test_rsd import FAMILIES, IDS, ragged
 from tiny_models import tiny_llama, tiny_mistral
@@ -17,6 +16,7 @@ from transformers import BloomConfig, BloomForCausalLM, GenerationMixin, LlamaCo
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specdec import Decoder
+from specdec.bench.enumeration import Scripted, law, total_variation
 from specdec.drafters.ead import EAD, calibrate, entropy
 from specdec.errors import CompatibilityError, UsageError
 

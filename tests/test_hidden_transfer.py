@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import left_padded, new_tokens
-from enumeration import Scripted, law, total_variation
 from test_law import exact_pairs
 from tiny_models import tiny_gemma2, tiny_gpt_oss, tiny_llama, tiny_mistral
 from transformers import BloomConfig, BloomForCausalLM
 
 from specdec import Decoder
+from specdec.bench.enumeration import Scripted, law, total_variation
 from specdec.drafters.hidden_transfer import HiddenTransfer
 from specdec.drafters.hidden_transfer.module import HiddenTransfer as TransferMaps
 from specdec.drafters.hidden_transfer.module import default_layers

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import OracleDrafter, left_padded, new_tokens, word_tokenizer
-from enumeration import Scripted, law, total_variation
 from safetensors.torch import load_file, save_file
 from test_law import PROCESSORS, PROMPT, SHAPES, Tables, draw_tree
 from tiny_models import tiny_gemma2, tiny_llama
@@ -20,6 +19,7 @@ from transformers import LogitsProcessorList, TopKLogitsWarper
 from typer.testing import CliRunner
 
 from specdec import Decoder, registry
+from specdec.bench.enumeration import Scripted, law, total_variation
 from specdec.cli import app
 from specdec.contracts import Verdict, Verifier
 from specdec.drafters.draft_model import DraftModel

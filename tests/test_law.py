@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from enumeration import Scripted, law, total_variation
 from scipy.stats import chisquare
 from tiny_models import tiny_llama
 from transformers import (
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from specdec import Decoder
+from specdec.bench.enumeration import Scripted, law, total_variation
 from specdec.drafters.draft_model import DraftModel
 from specdec.sampling import Randomness, Sampler
 from specdec.state import DecodeState, Row

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import left_padded, new_tokens
-from enumeration import Scripted, law, total_variation
 from test_law import exact_pairs
 from test_training_free import prompts
 from tiny_models import tiny_gemma2, tiny_llama, tiny_mistral
 from transformers import BloomConfig, BloomForCausalLM
 
 from specdec import Decoder, registry
+from specdec.bench.enumeration import Scripted, law, total_variation
 from specdec.drafters.lexical_units import LexicalUnits, Units, load_merged
 from specdec.drafters.lexical_units.drafter import groups, repeats
 from specdec.drafters.lexical_units.learner import UnitLearner, read

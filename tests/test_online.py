@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import left_padded, new_tokens
-from enumeration import Scripted, law, total_variation
 from families import noisy_copy
 from heads_suite import random_head
 from test_law import exact_pairs, p_value
 from tiny_models import tiny_llama
 
 from specdec import Decoder
+from specdec.bench.enumeration import Scripted, law, total_variation
 from specdec.bench.online import FROZEN, gain, moving, stream
 from specdec.bench.prompts import Prompt
 from specdec.drafters.draft_model import DraftModel

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import left_padded, new_tokens
-from enumeration import Scripted, law, total_variation
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -19,6 +18,7 @@ from tiny_models import tiny_gemma2, tiny_llama, tiny_mistral
 from transformers import BloomConfig, BloomForCausalLM, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 from specdec import Decoder
+from specdec.bench.enumeration import Scripted, law, total_variation
 from specdec.drafters import rsd
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.rsd import RSD
@@ -121,7 +121,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable:
             return tuple(decoder.generate(IDS, **settings)[0, 3:].tolist())
 
         monkeypatch.setattr(decoder.drafter, "grow", scripted_grow)
-        monkeypatch.setattr("enumeration.Scripted", Races)
+        monkeypatch.setattr("specdec.bench.enumeration.Scripted", Races)
         return generate
 
     return prepare

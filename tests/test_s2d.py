@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import left_padded, new_tokens
-from enumeration import Scripted, law, total_variation
 from families import noisy_copy
 from test_law import exact_pairs
 from test_rsd import IDS, SETTINGS, ragged
@@ -17,6 +16,7 @@ from tiny_models import _SHAPE, tiny_llama, tiny_mistral
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from specdec import Decoder
+from specdec.bench.enumeration import Scripted, law, total_variation
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.s2d import S2D
 from specdec.drafters.s2d.nested import Nested

@@ -7,7 +7,6 @@ import inspect
 import pytest
 import torch
 from conftest import left_padded, new_tokens
-from enumeration import Scripted, law, total_variation
 from heads_suite import overfit, random_head
 from test_law import exact_pairs, p_value
 from test_training_free import prompts
@@ -15,6 +14,7 @@ from tiny_models import tiny_gemma2, tiny_llama, tiny_mistral
 from transformers import BloomConfig, BloomForCausalLM
 
 from specdec import Decoder, registry
+from specdec.bench.enumeration import Scripted, law, total_variation
 from specdec.cli.train_heads import METHODS
 from specdec.drafters.token_recycling import TokenRecycling
 from specdec.errors import CompatibilityError, UsageError

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 from conftest import left_padded, new_tokens
-from enumeration import Scripted, law, total_variation
 from test_law import exact_pairs, p_value
 from tiny_models import tiny_gemma2, tiny_llama, tiny_mistral
 from transformers import BloomConfig, BloomForCausalLM
 
 from specdec import Decoder, registry
+from specdec.bench.enumeration import Scripted, law, total_variation
 from specdec.bench.tables import growth
 from specdec.errors import CompatibilityError, UsageError
 

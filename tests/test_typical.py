@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import OracleDrafter, left_padded, new_tokens
-from enumeration import Scripted, law, total_variation
 from heads_suite import random_head
 from test_contracts import Trusting
 from test_law import PROCESSORS, PROMPT, SHAPES, Tables, V, draw_tree, exact, first_two, p_value, processed
@@ -22,6 +21,7 @@ from typer.testing import CliRunner
 
 from specdec import Decoder, registry
 from specdec.bench.arms import DecoderArm
+from specdec.bench.enumeration import Scripted, law, total_variation
 from specdec.cli import app
 from specdec.contracts import Drafter, Verdict, Verifier
 from specdec.drafters.draft_model import DraftModel

@@ -27,7 +27,7 @@ TEXTS = [
 
 
 def test_names_paths_and_prompts() -> None:
-    assert zoo.names() == ["tiny", "tiny-draft", "tiny-lexical-units"]
+    assert zoo.names() == ["tiny", "tiny-draft", "tiny-image", "tiny-image-draft", "tiny-lexical-units"]
     assert zoo.path("tiny") == TINY / "target"
     assert zoo.path("gpt2") is None
     prompts = zoo.prompts()

@@ -90,26 +90,12 @@ def choose(p: torch.Tensor, tree: DraftTree, children: Sequence[int], randomness
     if tree.law is None or not any(tree.law[c] for c in children):
         token = randomness.draw(p)
         return token, next((c for c in children if tree.tokens[c] == token), None)
-    q, q_row = tree.q, tree.q_row
-    assert q is not None, "checked by DraftTree"
-    assert q_row is not None, "checked by DraftTree"
     r = p.double()  # [V]
     tried: list[int] = []
     for child in children:
         x = int(tree.tokens[child])
-        law = tree.law[child]
-        if law == Law.POINT:
-            pi = torch.zeros_like(r)
-            pi[x] = 1.0
-        else:
-            pi = q[q_row[child]].to(r)
-            if law == Law.WOR and tried:
-                pi = pi.clone()
-                pi[tried] = 0.0
-            pi = pi / pi.sum()
+        pi = drafted_law(tree, child, tried, r)
         tried.append(x)
-        if not pi[x] > 0:
-            raise ValueError(f"drafted token {x} has probability 0 under its recorded q: the drafter's law is wrong")
         if randomness.accept(float(r[x] / pi[x])):
             return x, child
         r = (r - pi).clamp_(min=0.0)
@@ -118,3 +104,26 @@ def choose(p: torch.Tensor, tree: DraftTree, children: Sequence[int], randomness
             return x, child
         r = r / total
     return randomness.draw(r), None
+
+
+def point_law(x: int, like: torch.Tensor) -> torch.Tensor:
+    """The law [V] of a token chosen without randomness, of the type and device of ``like``."""
+    pi = torch.zeros_like(like)
+    pi[x] = 1.0
+    return pi
+
+
+def drafted_law(tree: DraftTree, child: int, tried: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """The law [V] that ``child`` was drawn from, given the tokens ``tried`` of the siblings before it."""
+    x = int(tree.tokens[child])
+    if tree.law is None or tree.law[child] == Law.POINT:
+        return point_law(x, like)
+    assert tree.q is not None, "checked by DraftTree"
+    assert tree.q_row is not None, "checked by DraftTree"
+    pi = tree.q[tree.q_row[child]].to(like)
+    if tree.law[child] == Law.WOR and tried:
+        pi = pi.clone()
+        pi[list(tried)] = 0.0
+    if not pi[x] > 0:
+        raise ValueError(f"drafted token {x} has probability 0 under its recorded q: the drafter's law is wrong")
+    return pi / pi.sum()

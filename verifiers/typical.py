@@ -98,11 +98,11 @@ class Typical(Verifier):
             verdict = Verdict(path[:-1], tokens[last])
         else:
             verdict = Verdict(path, row.randomness.draw(law(last)))
-        _forget_others(row, list(laws), [0, *verdict.path])
+        forget_others(row, list(laws), [0, *verdict.path])
         return verdict
 
 
-def _forget_others(row: Row, tried: list[int], kept: list[int]) -> None:
+def forget_others(row: Row, tried: list[int], kept: list[int]) -> None:
     """Of the scores and logits recorded for the ``tried`` nodes leave those of the emitted tokens."""
     for recorded in (row.recorded_scores, row.recorded_logits):
         if recorded:

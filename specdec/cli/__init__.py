@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from specdec.cli import (  # noqa: F401 - they add commands to train_app
     train_heads,
+    train_images,
     train_joint,
     train_judge,
     train_lexical_units,
@@ -19,17 +20,20 @@ from specdec.cli import (  # noqa: F401 - they add commands to train_app
 from specdec.cli.bench import bench
 from specdec.cli.bench_online import bench_online
 from specdec.cli.bench_tables import bench_tables
+from specdec.cli.codebook import codebook
 from specdec.cli.common import one_line
 from specdec.cli.distill import distill
 from specdec.cli.doctor import doctor
 from specdec.cli.export import export
 from specdec.cli.generate import generate
+from specdec.cli.grow import grow
 from specdec.cli.listing import list_methods
 from specdec.cli.pareto import pareto
 from specdec.cli.spec_bench import spec_bench_app
 from specdec.cli.table import table_app
 from specdec.cli.train import train_app
 from specdec.cli.tune import tune
+from specdec.cli.verify import verify
 
 
 class Commands(TyperGroup):
@@ -64,10 +68,13 @@ app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("bench-tables")(bench_tables)
 app.command("bench-online")(bench_online)
+app.command("verify")(verify)
 app.command("tune")(tune)
 app.command("pareto")(pareto)
 app.command("distill")(distill)
 app.command("export")(export)
+app.command("grow")(grow)
+app.command("codebook")(codebook)
 app.command("doctor")(doctor)
 app.command("list")(list_methods)
 app.add_typer(spec_bench_app, name="spec-bench")

@@ -76,6 +76,7 @@ def bench(
     from specdec.bench.arms import STATES, Settings
     from specdec.bench.baselines import BASELINES, REFERENCE
     from specdec.bench.environment import environment
+    from specdec.bench.grow import grown_note
     from specdec.bench.harness import Harness, grouped
     from specdec.bench.prompts import encode, load_prompts
     from specdec.bench.report import Report, cautions, prepare_folder, show, write
@@ -157,6 +158,7 @@ def bench(
                 "state": "warm" if warm else "cold",
             },
             notes=[
+                *filter(None, [grown_note(target)]),
                 *notes,
                 *(str(c) for c in measured if c.options or c.label != c.drafter),
                 *_compiled(arms, compile_),

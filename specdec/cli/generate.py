@@ -30,7 +30,7 @@ def generate(
     verifier: Annotated[str, typer.Option(help="Who decides which to keep.")] = "standard",
     draft: common.Draft = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; without it 0, and 1 for pictures.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     show_accepted: Annotated[bool, typer.Option("--show-accepted", help="Colour drafted and accepted tokens.")] = False,
@@ -38,13 +38,20 @@ def generate(
     compile_: common.Compile = "off",
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
+    class_: Annotated[int | None, typer.Option("--class", help="Of `tiny-image` only: the digit to draw.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Of `tiny-image` only: the .png file to draw it into.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Generate text, streamed as it is made."""
+    """Generate text, streamed as it is made; or, with `tiny-image --class 7 --out digit.png`, a picture."""
     common.check_loading(dtype, device, compile_)
-    if not 0 <= temperature < float("inf"):
+    if temperature is not None and not 0 <= temperature < float("inf"):
         raise UsageError(f"--temperature {temperature}: give a number from 0 up; 0 is greedy")
-    text, argument = _prompt(prompt, file)
+    drawing = model == "tiny-image"
+    if drawing != (class_ is not None and out is not None) or (drawing and (prompt is not None or file is not None)):
+        raise UsageError(
+            "--class and --out: `tiny-image` draws a digit and needs both, and no prompt; other models take neither"
+        )
+    text, argument = ("", "--class") if drawing else _prompt(prompt, file)
 
     import torch
 
@@ -59,12 +66,23 @@ def generate(
     if drafts and draft is None:
         raise UsageError(f"--drafter {drafter} needs --draft-model FOLDER or ID: {model} brings no draft model")
     common.quiet()
-    with common.json_only(json_) as out:
-        target, tokenizer = common.load_model(model, dtype, device), common.load_tokenizer(model)
+    with common.json_only(json_) as stdout:
+        target = common.load_model(model, dtype, device)
         more: dict[str, Any] = {}
         if drafts and draft is not None:
             same = str(target.dtype).removeprefix("torch.")
             more["draft"] = common.load_model(draft, same, device, "--draft-model")
+        if class_ is not None and out is not None:
+            from specdec.zoo.tiny_image import draw
+
+            how = 1.0 if temperature is None else temperature
+            cost = draw(target, choice.make(**more), registry.verifier(verifier, **rule), class_, out, seed or 0, how)
+            if json_:
+                stdout.write(json.dumps({"out": str(out), "class": class_, "stats": cost.summary()}) + "\n")
+            elif stats:
+                _show_stats(cost)
+            return
+        tokenizer = common.load_tokenizer(model)
         inputs = _encode(tokenizer, text, chat, argument).to(target.device)
         length = inputs["input_ids"].shape[1]
         room = _room(target, length, max_new_tokens, argument)
@@ -72,14 +90,14 @@ def generate(
         decoder = Decoder(target, choice.make(**more), judge, tokenizer=tokenizer, compile=compile_)  # type: ignore[arg-type]
         if seed is not None:
             torch.manual_seed(seed)
-        stream = TextStream(tokenizer, None if json_ else out, colour=show_accepted)
+        stream = TextStream(tokenizer, None if json_ else stdout, colour=show_accepted)
         partial = False
         try:
             decoder.generate(
                 inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 streamer=stream,
-                **Settings(room, temperature).arguments(),
+                **Settings(room, temperature or 0.0).arguments(),
             )
         except KeyboardInterrupt:
             partial = True
@@ -95,7 +113,7 @@ def generate(
                 "prompt_tokens": length,
                 "stats": decoder.stats.summary() if decoder.stats else None,  # None: interrupted before the start
             }
-            out.write(json.dumps(result, allow_nan=False) + "\n")
+            stdout.write(json.dumps(result, allow_nan=False) + "\n")
     if stats and not json_ and decoder.stats is not None:
         _show_stats(decoder.stats)
     if partial:

@@ -14,6 +14,7 @@ from specdec.cli import common
 from specdec.errors import UsageError
 
 if TYPE_CHECKING:
+    from specdec.bench.prompts import Prompt
     from specdec.contracts import Verifier
 
 # what is varied when nothing is asked for, as far as the model brings what it needs
@@ -95,12 +96,15 @@ def pareto(
     from specdec.bench.arms import DecoderArm, Settings
     from specdec.bench.baselines import REFERENCE, baseline
     from specdec.bench.environment import environment
+    from specdec.bench.grow import grown_note
     from specdec.bench.harness import Harness, grouped
+    from specdec.bench.images import PictureQuality
     from specdec.bench.pareto import points, show, write
     from specdec.bench.prompts import encode, load_prompts
-    from specdec.bench.quality import TextQuality
+    from specdec.bench.quality import Quality, TextQuality
     from specdec.bench.report import prepare_folder
     from specdec.decoder import Decoder
+    from specdec.zoo import tiny_image
 
     explicit = draft
     draft = common.draft_name(model, draft)
@@ -111,19 +115,30 @@ def pareto(
             raise UsageError(
                 f"{c.name}: {choice.drafter} needs --draft-model FOLDER or ID, {model} brings no draft model"
             )
-    texts = load_prompts(prompts, limit)
+    drawing = model == "tiny-image"
+    if drawing and (prompts != "tasks" or temperature == 0):
+        raise UsageError("tiny-image: it takes no --prompts but draws digits in turn, and needs --temperature above 0")
+    texts = _digits(limit or 300) if drawing else load_prompts(prompts, limit)
     if out is not None:
         prepare_folder(out)
     common.quiet()
     with common.json_only(json_) as stdout:
         console = common.console(stderr=True)
-        target, tokenizer = common.load_model(model, dtype, device), common.load_tokenizer(model)
-        ids = encode(texts, tokenizer, target, max_new_tokens)
+        target = common.load_model(model, dtype, device)
+        quality: Quality
+        if drawing:
+            toy, tokenizer = tiny_image.load(), None
+            ids = toy.prompts([int(p.text) for p in texts]).tolist()
+            quality = PictureQuality(toy, [int(p.text) for p in texts])
+            max_new_tokens = tiny_image.LENGTH
+        else:
+            tokenizer = common.load_tokenizer(model)
+            ids = encode(texts, tokenizer, target, max_new_tokens)
+            quality = TextQuality(target, tokenizer, texts, ids, greedy=temperature == 0)
         groups = grouped([p.id for p in texts], ids, 1)
         small = None
         if draft is not None and any(choice.takes_draft(explicit) for _, _, choice, _ in chosen):
             small = common.load_model(draft, str(target.dtype).removeprefix("torch."), device, "--draft-model")
-        quality = TextQuality(target, tokenizer, texts, ids, greedy=temperature == 0)
         arms: list[Any] = [baseline(REFERENCE, target, None)]
         knobs: dict[str, tuple[str, Any]] = {REFERENCE: (REFERENCE, None)}
 
@@ -169,7 +184,8 @@ def pareto(
             "temperature": temperature,
             "seed": seed,
         }
-        notes = [f"{c.name}: {', '.join([f'drafter {c.drafter}', *c.settings])}" for c in curves]
+        notes = [*filter(None, [grown_note(target)])]
+        notes += [f"{c.name}: {', '.join([f'drafter {c.drafter}', *c.settings])}" for c in curves]
         show(found, quality, title, console if json_ else common.console())
         if out is not None:
             write(found, run, quality, title, where, asked, notes, out)
@@ -211,6 +227,13 @@ def _curves(
         if not any(pair in c.settings for c in curves):
             raise UsageError(f"--set {pair}: no curve uses that method; they use {', '.join(_methods(curves))}")
     return curves
+
+
+def _digits(count: int) -> list[Prompt]:
+    """Pictures to draw, of every class in turn."""
+    from specdec.bench.prompts import Prompt
+
+    return [Prompt(f"picture-{i}", str(i % 10), None, "tiny-image") for i in range(count)]
 
 
 def _methods(curves: Sequence[Curve]) -> list[str]:

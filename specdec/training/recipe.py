@@ -100,11 +100,11 @@ def load_recipe(name: str, overrides: dict[str, str] | None = None) -> Recipe:
     if not isinstance(raw, dict):
         raise RecipeError(f"recipe {str(path)!r} must be a mapping with the keys of {RECIPES / 'tiny.yaml'}")
     for key, value in (overrides or {}).items():
-        _override(raw, key, value)
+        override(raw, key, value)
     return _build(raw)
 
 
-def _override(raw: dict[str, Any], key: str, value: str) -> None:
+def override(raw: dict[str, Any], key: str, value: str) -> None:
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:
@@ -128,11 +128,11 @@ def _build(raw: dict[str, Any]) -> Recipe:
         recipe = Recipe(
             name=raw["name"],
             seed=int(raw["seed"]),
-            tokenizer=_typed(TokenizerSpec, raw["tokenizer"]),
-            sources=[_typed(Source, source) for source in raw["sources"]],
-            packing=_typed(Packing, raw["packing"]),
-            models={name: _typed(ModelSpec, spec) for name, spec in raw["models"].items()},
-            training=_typed(Training, raw["training"]),
+            tokenizer=typed(TokenizerSpec, raw["tokenizer"]),
+            sources=[typed(Source, source) for source in raw["sources"]],
+            packing=typed(Packing, raw["packing"]),
+            models={name: typed(ModelSpec, spec) for name, spec in raw["models"].items()},
+            training=typed(Training, raw["training"]),
             raw=raw,
         )
     except KeyError as error:
@@ -146,7 +146,7 @@ def _build(raw: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def _typed(kind: Any, values: dict[str, Any]) -> Any:
+def typed(kind: Any, values: dict[str, Any]) -> Any:
     """`kind(**values)` with numbers cast to the field's type: YAML reads 1e-3 as a string."""
     casts = {"int": int, "float": float}
     types = {f.name: str(f.type) for f in dataclasses.fields(kind)}

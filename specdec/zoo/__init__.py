@@ -17,6 +17,8 @@ _FOLDERS = {
     "tiny": HERE / "tiny" / "target",
     "tiny-draft": HERE / "tiny" / "draft",
     "tiny-lexical-units": HERE / "tiny" / "target",  # see `adapted`
+    "tiny-image": HERE / "tiny_image" / "target",
+    "tiny-image-draft": HERE / "tiny_image" / "draft",
 }
 _UNITS = {"tiny-lexical-units": HERE / "tiny" / "lexical-units"}
 _HEADS = {"tiny": HERE / "tiny" / "heads"}
