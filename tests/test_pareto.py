@@ -163,3 +163,68 @@ class TestCommand:
         result = run("pareto", str(tmp_path), "--curve", "rollback.threshold=1")
         assert result.exit_code == 2
         assert "--draft-model" in result.stderr
+
+    def test_pictures_are_scored_by_classifier_and_distance(self) -> None:
+        result = run(
+            *(
+                "pareto",
+                "tiny-image",
+                "--temperature",
+                "1",
+                "--limit",
+                "20",
+                "--curve",
+                "lantern.factor=1,20",
+                "--json",
+            ),
+            *("--set", "draft-model.branching=3,2"),
+        )
+        assert result.exit_code == 0, result.stderr
+        found = {(p["curve"], p["value"]): p for p in json.loads(result.stdout)["points"]}
+        exact, loose = found["lantern.factor", 1], found["lantern.factor", 20]
+        assert set(exact["scores"]) == {"accuracy", "Fréchet"}
+        assert exact["row"]["mat"] == found["draft-model + standard", None]["row"]["mat"]  # the limit is standard
+        assert exact["scores"] == found["draft-model + standard", None]["scores"]
+        assert loose["row"]["mat"] > exact["row"]["mat"]
+        low, high = exact["scores"]["Fréchet"]["ci"]
+        assert low < exact["scores"]["Fréchet"]["value"] < high
+        assert "--temperature" in run("pareto", "tiny-image", "--curve", "lantern.factor=1").stderr
+
+
+class TestDrawing:
+    def test_a_digit_is_drawn_into_a_file(self, tmp_path: Path) -> None:
+        out = tmp_path / "digit.png"
+        drawn = ("generate", "tiny-image", "--class", "7", "--out", str(out), "--drafter", "draft-model", "--json")
+        result = run(*drawn, "--verifier", "lantern", "--seed", "3")
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["stats"]["new_tokens"] == 49
+        assert out.read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("tiny-image", "--prompt", "a seven"),
+            ("tiny-image", "--class", "7"),
+            ("tiny", "--prompt", "a", "--class", "7", "--out", "x.png"),
+        ],
+    )
+    def test_pictures_and_texts_are_not_mixed(self, arguments: tuple[str, ...]) -> None:
+        result = run("generate", *arguments)
+        assert result.exit_code == 2
+        assert "tiny-image" in result.stderr
+
+    def test_a_class_that_is_no_digit_is_refused(self, tmp_path: Path) -> None:
+        result = run("generate", "tiny-image", "--class", "11", "--out", str(tmp_path / "a.png"))
+        assert result.exit_code == 2
+        assert "11" in result.stderr
+        assert not list(tmp_path.iterdir())
+
+
+def test_every_drafter_with_a_small_model_runs_in_a_bench(tmp_path: Path) -> None:
+    names = "rsd,bild,s2d,online,ead"
+    result = run("bench", "tiny", "--drafters", names, "--baselines", "hf-generate", "--limit", "1", "--max-new-tokens",
+                 "8", "--set", "ead.tau=100", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
+    assert [name for name in names.split(",") if not rows[name]["lossless"]] == ["ead"]
+    assert all(rows[name]["equal"] for name in names.split(",") if name != "ead")

@@ -109,7 +109,8 @@ def tune(
                 for candidate in grid(name, free, target.device.type == "cuda"):
                     yield candidate, decoder(candidate, "off")
 
-        curves = {"off": Curve.of(measure(Target(target), 256, 5.0)["curve"])}
+        bound = Target(target)
+        curves = {"off": Curve.of(measure(bound, 256, 5.0)["curve"])}
         if compile_ != "off":
             compiled = decoder(plain, compile_)
             if compiled.target.compilation.mode == "off":
@@ -139,12 +140,9 @@ def tune(
         rows = {row.name: row for row in summarise(run.records, lossless, states, 1, REFERENCE)}
         best = max(keys, key=lambda label: rows[label].speedup)
         candidate, mode = keys[best]
-        bound = Target(target)
-        options = {
-            **(choices[candidate.drafter].options if candidate.drafter in choices else {}),
-            **dict(candidate.options),
-        }
-        options |= {k: str(v) for k, v in (choices[candidate.drafter].brought if options else {}).items()}
+        options: dict[str, Any] = {}
+        if (choice := choices.get(candidate.drafter)) is not None:  # none has no options
+            options = {**{k: str(v) for k, v in choice.brought.items()}, **choice.options, **dict(candidate.options)}
         if candidate.drafter in needing:
             options["draft"] = str(zoo.path(draft or "") or draft)
         table = [
