@@ -414,7 +414,6 @@ def test_wrong_settings_are_one_clear_error(pairs: list[str], says: str, trained
     assert says in " ".join(done.stderr.split())
 
 
-
 def test_the_embedded_judge_fits_the_embedded_model():
     folder = Path(zoo.__file__).parent / "tiny" / "judge"
     model, _ = zoo.load("tiny")
