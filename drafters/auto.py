@@ -99,16 +99,14 @@ class Auto(Drafter):
         self._profile = Profile.read(profile) if profile is not None else None
         self._drafter = registry.drafter(method, **options) if isinstance(method, str) else method
         self._guards: dict[int, Guard] = {}
+        if self._drafter is not None:
+            self.lossless = self._drafter.lossless
 
     @property
     def drafter(self) -> Drafter:
         """The guarded drafter; known once bound."""
         assert self._drafter is not None, "the drafter is chosen when it is bound to a target"
         return self._drafter
-
-    @property
-    def lossless(self) -> bool:  # type: ignore[override]
-        return self._drafter is None or self._drafter.lossless
 
     @property
     def forwards(self) -> int:  # type: ignore[override]
@@ -125,6 +123,7 @@ class Auto(Drafter):
                 registry.drafter(profile.drafter, **profile.options) if profile else registry.drafter("hybrid")
             )
         self.drafter.bind(target)
+        self.lossless = self.drafter.lossless
         self.needs, self.wishes, self.budget = self.drafter.needs, self.drafter.wishes, self.drafter.budget
         self._guards = {}  # steps cost something else on another model
 

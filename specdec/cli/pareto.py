@@ -58,7 +58,7 @@ def pareto(
         typer.Option(
             metavar="METHOD.OPTION=V1,V2,...",
             help="What to vary: an option of a verifier or of a drafter, e.g. rollback.threshold=0,1,3,8. Repeatable. "
-            "Without it the knobs of rollback, ead and, when sampling, typical.",
+            "Without it the knobs of rollback, ead and, when sampling, typical; of `tiny-image` lantern's.",
         ),
     ] = None,
     drafter: Annotated[
@@ -93,6 +93,7 @@ def pareto(
     """
     common.check_loading(dtype, device)
 
+    from specdec import registry
     from specdec.bench.arms import DecoderArm, Settings
     from specdec.bench.baselines import REFERENCE, baseline
     from specdec.bench.environment import environment
@@ -108,16 +109,17 @@ def pareto(
 
     explicit = draft
     draft = common.draft_name(model, draft)
-    curves = _curves(curve, drafter, set_ or [], draft is not None, temperature > 0)
+    drawing = model == "tiny-image"
+    if drawing and (prompts != "tasks" or temperature == 0):
+        raise UsageError("tiny-image: it takes no --prompts but draws digits in turn, and needs --temperature above 0")
+    asked_for = curve if curve or not drawing else ["lantern.factor=1,2,3,5,10"]
+    curves = _curves(asked_for, drafter, set_ or [], draft is not None, temperature > 0)
     chosen = [(c, value, *c.point(value, model)) for c in curves for value in c.values]
     for c, _, choice, _ in chosen:
         if choice.takes_draft(explicit) and draft is None:
             raise UsageError(
                 f"{c.name}: {choice.drafter} needs --draft-model FOLDER or ID, {model} brings no draft model"
             )
-    drawing = model == "tiny-image"
-    if drawing and (prompts != "tasks" or temperature == 0):
-        raise UsageError("tiny-image: it takes no --prompts but draws digits in turn, and needs --temperature above 0")
     texts = _digits(limit or 300) if drawing else load_prompts(prompts, limit)
     if out is not None:
         prepare_folder(out)
@@ -146,8 +148,6 @@ def pareto(
             drafting = choice.make(draft=small) if choice.takes_draft(explicit) else choice.make()
             arms.append(DecoderArm(name, Decoder(target, drafting, verifier, tokenizer=tokenizer)))
             knobs[name] = knob
-
-        from specdec import registry
 
         for c, value, choice, rule in chosen:
             name = f"{choice.drafter} + standard"

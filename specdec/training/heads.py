@@ -360,6 +360,47 @@ def _prompt(sample: dict[str, Any]) -> list[int]:
 # ---- the trainer --------------------------------------------------------------------------------------------------
 
 
+def training_arguments(settings: Any, run: Path, cpu: bool, measure: str = "eval_mat", greater: bool = True) -> Any:
+    """What `transformers.Trainer` is told.
+
+    Args:
+        settings: ``Settings``, or others with its fields.
+        run: folder of the checkpoints.
+        cpu: train there even if there is a GPU.
+        measure: what chooses the checkpoint that is kept, and with ``greater`` which way is better.
+    """
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(run),
+        num_train_epochs=1,  # passes stand one after the other in the data
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.95,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": settings.final_rate_share},
+        warmup_steps=settings.warmup_share,  # below 1: a share
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=settings.eval_steps,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=measure,
+        greater_is_better=greater,
+        seed=settings.seed,
+        report_to=settings.loggers.split(","),
+        remove_unused_columns=False,
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and _processes() > 1 else None,
+    )
+
+
 def _trainer(
     learner: Learner,
     training: Dataset,
@@ -369,7 +410,7 @@ def _trainer(
     optimizer: torch.optim.Optimizer | None,
     callbacks: Sequence[Any],
 ) -> Any:
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     class HeadTrainer(Trainer):
         """Loss per learned token, accuracies per depth in the log, MAT of the real decoder as the measure."""
@@ -423,36 +464,7 @@ def _trainer(
                 self.optimizer = MuonAdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
             return self.optimizer if self.optimizer is not None else super().create_optimizer(*args, **kwargs)
 
-    device = learner.target.device
-    arguments = TrainingArguments(
-        output_dir=str(out.with_name(out.name + ".run")),
-        num_train_epochs=1,  # passes stand one after the other in the data
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch,
-        gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        adam_beta2=0.95,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": settings.final_rate_share},
-        warmup_steps=settings.warmup_share,  # below 1: a share
-        max_grad_norm=settings.max_grad_norm,
-        logging_steps=settings.log_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=settings.eval_steps,
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_mat",
-        greater_is_better=True,
-        seed=settings.seed,
-        report_to=settings.loggers.split(","),
-        remove_unused_columns=False,
-        dataloader_drop_last=False,
-        use_cpu=device.type == "cpu",
-        ddp_backend="gloo" if device.type == "cpu" and _processes() > 1 else None,
-    )
+    arguments = training_arguments(settings, out.with_name(out.name + ".run"), learner.target.device.type == "cpu")
     trainer = HeadTrainer(
         model=learner,
         args=arguments,

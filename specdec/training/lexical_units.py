@@ -29,7 +29,7 @@ from specdec.drafters.lexical_units.units import Packed, find_units, forbid, pac
 from specdec.errors import UsageError, first_line
 from specdec.heads.checkpoint import replace_folder
 from specdec.target import Target
-from specdec.training.heads import Settings, batches, check_vocabulary, public_name, split
+from specdec.training.heads import Settings, batches, check_vocabulary, public_name, split, training_arguments
 from specdec.training.joint import text_loss
 from specdec.training.lm import last_checkpoint
 
@@ -284,7 +284,7 @@ def _pack(row: dict[str, Any], spans: Any, K: int, placeholder: int) -> Packed:
 
 
 def _trainer(learner: UnitLearner, training: Dataset, held_out: Dataset, run: Path, settings: UnitSettings) -> Any:
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     class UnitTrainer(Trainer):
         """Agreement per placeholder in the log, MAT of the real decoder as the measure."""
@@ -329,33 +329,7 @@ def _trainer(learner: UnitLearner, training: Dataset, held_out: Dataset, run: Pa
     def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return stack([_pack(row, row["spans"], K, placeholder) for row in rows])
 
-    arguments = TrainingArguments(
-        output_dir=str(run),
-        num_train_epochs=1,  # passes stand one after the other in the data
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch,
-        gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        adam_beta2=0.95,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": settings.final_rate_share},
-        warmup_steps=settings.warmup_share,  # below 1: a share
-        max_grad_norm=settings.max_grad_norm,
-        logging_steps=settings.log_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=settings.eval_steps,
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_mat",
-        greater_is_better=True,
-        seed=settings.seed,
-        report_to=settings.loggers.split(","),
-        remove_unused_columns=False,
-        use_cpu=learner.target.device.type == "cpu",
-    )
+    arguments = training_arguments(settings, run, learner.target.device.type == "cpu")
     return UnitTrainer(
         model=learner, args=arguments, train_dataset=training, eval_dataset=held_out, data_collator=collate
     )

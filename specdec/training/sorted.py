@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from specdec.drafters.s2d.segments import Segments
 from specdec.errors import CompatibilityError, UsageError, first_line
 from specdec.heads.checkpoint import replace_folder
 from specdec.target import Target
-from specdec.training.heads import Settings, batches, check_vocabulary, collate, split
+from specdec.training.heads import Settings, batches, check_vocabulary, collate, split, training_arguments
 from specdec.training.lm import last_checkpoint
 from specdec.training.loss import LinearCrossEntropy
 from specdec.training.optimizer import MuonAdamW, parameter_groups
@@ -277,7 +276,7 @@ def train_sorted(
 def _trainer(
     model: PreTrainedModel, exits: Exits, training: Dataset, held_out: Dataset, out: Path, settings: SortedSettings
 ) -> Any:
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     class SortedTrainer(Trainer):
         """Loss per learned token, losses by depth in the log and of the held-out samples."""
@@ -330,35 +329,8 @@ def _trainer(
                 self.optimizer = MuonAdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
             return self.optimizer if self.optimizer is not None else super().create_optimizer(*args, **kwargs)
 
-    cpu = model.device.type == "cpu"
-    arguments = TrainingArguments(
-        output_dir=str(out.with_name(out.name + ".run")),
-        num_train_epochs=1,  # passes stand one after the other in the data
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch,
-        gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        adam_beta2=0.95,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": settings.final_rate_share},
-        warmup_steps=settings.warmup_share,  # below 1: a share
-        max_grad_norm=settings.max_grad_norm,
-        logging_steps=settings.log_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=settings.eval_steps,
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        seed=settings.seed,
-        report_to=settings.loggers.split(","),
-        remove_unused_columns=False,
-        use_cpu=cpu,
-        ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1 else None,
-    )
+    run, cpu = out.with_name(out.name + ".run"), model.device.type == "cpu"
+    arguments = training_arguments(settings, run, cpu, measure="eval_loss", greater=False)
     trainer = SortedTrainer(
         model=model, args=arguments, train_dataset=training, eval_dataset=held_out, data_collator=collate
     )
