@@ -29,7 +29,7 @@ def list_methods(
     drafters = [_describe(name, registry.drafter_class) for name in registry.drafter_names()]
     verifiers = [_describe(name, registry.verifier_class) for name in registry.verifier_names()]
     if json_:
-        embedded = {"models": zoo.names(), "heads": {name: sorted(zoo.heads(name)) for name in zoo.names()}}
+        embedded = {"models": zoo.names(), "brings": {name: sorted(zoo.brings(name)) for name in zoo.names()}}
         typer.echo(json.dumps({"drafters": drafters, "verifiers": verifiers, "embedded": embedded}, indent=1))
         return
     console = common.console()
@@ -43,8 +43,8 @@ def list_methods(
             table.add_row(m["name"], lossless, *((m["training"], m["requires"]) if training else ()), m["summary"])
         console.print(table)
     for name in zoo.names():
-        heads = ", ".join(zoo.heads(name))
-        console.print(f"embedded: {name}" + (f", with heads for {heads}" if heads else ""), highlight=False)
+        brought = ", ".join(zoo.brings(name))
+        console.print(f"embedded: {name}" + (f", with what {brought} need" if brought else ""), highlight=False)
 
 
 def _describe(name: str, find: Any) -> dict[str, Any]:
