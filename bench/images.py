@@ -6,12 +6,15 @@ Fréchet    squared distance of two Gaussians, those of the classifier's feature
            with the number of pictures, so compare equal numbers only.
 interval   95 %; bootstrap over pictures: percentiles (accuracy), 1.96 standard errors (Fréchet, whose resamples
            are biased upwards)
+
+python -m specdec.bench.images OUT [PER_CLASS] writes the table and the grid of the toy's card: table.md and grid.png.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,9 @@ from scipy.linalg import eigvals
 from specdec.bench.quality import Statistic
 from specdec.contracts import Drafter, Verifier
 from specdec.decoder import Decoder
+from specdec.drafters.draft_model import DraftModel
+from specdec.verifiers.lantern import Lantern
+from specdec.verifiers.standard import Standard
 from specdec.zoo import tiny_image
 
 
@@ -51,9 +57,6 @@ class Sampled:
     labels: torch.Tensor
     mat: float
     quality: Quality
-
-    def to_json(self) -> dict[str, Any]:
-        return {"mat": self.mat, **asdict(self.quality)}
 
 
 def frechet(mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other_covariance: np.ndarray) -> float:
@@ -180,3 +183,35 @@ class PictureQuality:
             return frechet(x.mean(0), np.cov(x.T), mean, covariance)
 
         return {"accuracy": lambda pick: float(right[pick].mean()), "Fréchet": distance}
+
+
+ARMS: tuple[dict[str, Any], ...] = (  # of the card; {} is the verifier standard
+    {},
+    *({"k": 11, "factor": f} for f in (2, 3, 5, 10)),
+    *({"k": 11, "delta": d} for d in (0.05, 0.1, 0.2, 0.4)),
+    *({"k": 4, "factor": f} for f in (2, 5, 20)),
+    {"k": 4, "delta": 0.1},
+)
+
+
+def main(out: Path, per_class: int = 100) -> None:
+    """Draw with every arm and write the card's table and grid into ``out``."""
+    toy = tiny_image.load()
+    out.mkdir(parents=True, exist_ok=True)
+    rows, grid = ["| verifier | MAT | accuracy | Fréchet |", "|---|---:|---:|---:|"], {}
+    for arm in ARMS:
+        verifier = Lantern(**arm) if arm else Standard()
+        s = sample(DraftModel(toy.draft, branching=(3, 2, 1, 1)), verifier, per_class, toy=toy)
+        name = ", ".join(["`lantern`", *(f"{k}={v}" for k, v in arm.items())]) if arm else "standard"
+        (low, high), (near, far) = s.quality.accuracy_ci, s.quality.frechet_ci
+        right = f"{s.quality.accuracy:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+        rows.append(f"| {name} | {s.mat:.2f} | {right} | {s.quality.frechet:.0f} [{near:.0f}, {far:.0f}] |")
+        print(rows[-1], flush=True)
+        if arm.get("k") != 4:
+            grid[", ".join(f"{k}={v}" for k, v in arm.items() if k != "k") or "standard"] = s
+    (out / "table.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    save_grid(grid, out / "grid.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

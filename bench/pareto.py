@@ -15,7 +15,7 @@ from rich.table import Table
 from specdec.bench.harness import Run
 from specdec.bench.quality import Quality, Score, score
 from specdec.bench.report import replace_text
-from specdec.bench.statistics import Record, Row, median_repeat, summarise
+from specdec.bench.statistics import Record, Row, summarise
 
 _CHANGE = ("change", "from the target alone on the same prompts, paired; intervals: 95 % bootstrap over prompts")
 
@@ -56,7 +56,7 @@ def points(
     rows = {row.name: row for row in summarise(run.records, lossless, dict.fromkeys(lossless), 1, reference)}
     calls: dict[str, dict[int, Record]] = {}
     for record in run.records:
-        calls.setdefault(record.arm, {})[record.group] = median_repeat([record])
+        calls.setdefault(record.arm, {})[record.group] = record
     groups = sorted(calls[reference])
     plain = [calls[reference][g].ids[0] for g in groups]
     base = quality.statistics(plain, plain)

@@ -228,3 +228,16 @@ def test_every_drafter_with_a_small_model_runs_in_a_bench(tmp_path: Path) -> Non
     rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
     assert [name for name in names.split(",") if not rows[name]["lossless"]] == ["ead"]
     assert all(rows[name]["equal"] for name in names.split(",") if name != "ead")
+
+
+def test_the_readmes_figures_of_lossy_methods_are_those_of_the_results() -> None:
+    root = Path(__file__).resolve().parents[1]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    report = json.loads((root / "bench" / "results" / "pareto-0" / "pareto.json").read_text(encoding="utf-8"))
+    points = {(p["curve"], p["value"]): p for p in report["points"]}
+    for knob in (("ead.tau", 6), ("judge.threshold", 0.742)):
+        row, lost = points[knob]["row"], -points[knob]["scores"]["log p"]["change"]
+        assert "{:.2f} [{:.2f}, {:.2f}]".format(row["speedup"], *row["speedup_ci"]) in readme
+        assert f"{lost:.2f} nats" in readme
+    for exact in (("rollback.threshold", 0), ("ead.tau", 0), ("judge.threshold", 1)):
+        assert points[exact]["scores"]["same text"]["value"] == 1
