@@ -47,6 +47,11 @@ class Guard:
         """Whether the next step should draft."""
         return not self._resting and self._since_plain < REFRESH
 
+    @property
+    def trial_is_near(self) -> bool:
+        """Whether what is learned now is still fresh when drafting is tried next."""
+        return self._resting <= REST
+
     def fresh_text(self) -> None:
         """A request begins: what did not pay in the last text may in this one."""
         if self._plain:
@@ -73,7 +78,8 @@ class Auto(Drafter):
 
     ``specdec tune`` chooses that drafter for a model and a machine and keeps its choice as a profile; without one it
     is ``hybrid``. Steps are timed as they happen: every request starts with a short trial, a losing draft costs a few
-    plain steps' time, and the last 128 drafting steps include a plain one. Whether a step drafts depends on the clock,
+    plain steps' time, and the last 128 drafting steps include a plain one. In a long rest nothing is learned either, by drafters
+    that can miss steps. Whether a step drafts depends on the clock,
     so a sampled text is not repeatable from its seed; its distribution and greedy texts are what they always are.
 
     Args:
@@ -132,7 +138,7 @@ class Auto(Drafter):
 
     def begin(self, state: DecodeState) -> None:
         self._step: tuple[float, list[Row], int, bool] | None = None
-        self._first = True
+        self._first = self._learns = True  # the prompt is always learned
         for guard in self._guards.values():
             guard.fresh_text()
         self.drafter.begin(state)
@@ -145,7 +151,10 @@ class Auto(Drafter):
         if self._step is not None:
             start, then, length, drafted = self._step
             self._guards[len(then)].record(drafted, now - start, (sum(map(len, then)) - length) / len(then))
-        drafts = self._guards.setdefault(len(rows), Guard()).on
+        guard = self._guards.setdefault(len(rows), Guard())
+        drafts = guard.on
+        # learning from every step's logits costs too, so most of a long rest goes by unseen
+        self._learns = drafts or guard.trial_is_near or not self.drafter.tolerates_gaps
         # the first step reads what is left of the prompt, so its time says nothing
         self._step = None if self._first else (now, rows, sum(map(len, rows)), drafts)
         self._first = False
@@ -160,4 +169,5 @@ class Auto(Drafter):
         output: StepOutput,
         verdicts: Sequence[Verdict | None],
     ) -> None:
-        self.drafter.observe(state, proposals, output, verdicts)
+        if self._learns:
+            self.drafter.observe(state, proposals, output, verdicts)

@@ -43,6 +43,7 @@ class Drafter(ABC):
         wishes: taps it uses when the model has them (look into ``output.taps``).
         budget: most columns (nodes + probes) it uses per row; ``Decoder`` sizes the cache by it.
         forwards: forwards of its own models so far, if it has any.
+        tolerates_gaps: ``observe`` may be left out for steps it did not draft; it then knows less, but nothing wrong.
     """
 
     name: ClassVar[str]
@@ -54,6 +55,7 @@ class Drafter(ABC):
     wishes: Needs = Needs()
     budget: int = 64
     forwards: int = 0
+    tolerates_gaps: bool = False
 
     def bind(self, target: Target) -> None:
         """Check that this target can be served. ``needs`` and ``wishes`` are read afterwards.

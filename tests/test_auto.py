@@ -121,6 +121,33 @@ class TestDecoding:
             decoder.generate(**inputs, max_new_tokens=120, do_sample=False, min_new_tokens=120)
             assert least <= decoder.stats.row_forwards <= most
 
+    @pytest.mark.parametrize("tolerant", [True, False])
+    def test_only_a_drafter_that_can_miss_steps_misses_those_of_a_long_rest(self, tolerant: bool, monkeypatch) -> None:
+        model = tiny_llama()
+        inputs = left_padded([torch.tensor([5, 6, 7, 8])])
+        want = new_tokens(model, inputs, max_new_tokens=100, do_sample=False)
+        seen: list[int] = []
+
+        class Witness(OracleDrafter):
+            tolerates_gaps = tolerant
+
+            def observe(self, state, proposals, output, verdicts) -> None:
+                seen.extend(n for v in verdicts for n in v.emitted)
+
+        guarded = Auto(Witness(want, wrong=1.0))  # drafts lose for ever
+        decoder = Decoder(model, guarded)
+        now = [0.0]
+
+        def clock() -> float:
+            steps = decoder.stats.steps
+            now[0] += 9.0 if len(steps) > 1 and steps[-2].columns > 1 else 1.0
+            return now[0]
+
+        monkeypatch.setattr(auto, "perf_counter", clock)
+        monkeypatch.setattr(auto, "REST", 6)
+        assert new_tokens(decoder, inputs, max_new_tokens=100, do_sample=False) == want
+        assert len(seen) == 100 if not tolerant else 15 < len(seen) < 70
+
     def test_any_drafter_can_be_guarded_by_name(self) -> None:
         model = tiny_llama()
         inputs = left_padded([torch.tensor([5, 6, 7, 5, 6, 7, 5, 6])])

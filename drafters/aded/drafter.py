@@ -76,6 +76,7 @@ class Aded(TableDrafter[TrigramTable]):
 
     name = "aded"
     summary = "a tri-gram table that adapts to the text, searched for likely continuations"
+    tolerates_gaps = True
 
     def __init__(
         self,

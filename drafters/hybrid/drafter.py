@@ -78,6 +78,10 @@ class Hybrid(Drafter):
         return sum(m.forwards for m in self.members)
 
     @property
+    def tolerates_gaps(self) -> bool:  # type: ignore[override]
+        return all(m.tolerates_gaps for m in self.members)
+
+    @property
     def warm(self) -> bool:
         return bool(self.mixture.tried.any()) or any(m.warm for m in self.members)
 

@@ -48,6 +48,7 @@ class PromptLookup(Drafter):
 
     name = "prompt-lookup"
     summary = "copies what followed the last n tokens earlier in the text"
+    tolerates_gaps = True
 
     def __init__(
         self,

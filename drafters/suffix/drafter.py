@@ -164,6 +164,7 @@ class Suffix(TableDrafter[Corpus]):
 
     name = "suffix"
     summary = "copies what followed the longest match, in this text and in earlier outputs"
+    tolerates_gaps = True
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ class TokenRecycling(TableDrafter[AdjacencyTable]):
     name = "token-recycling"
     summary = "a table of the successors the target last predicted after each token"
     wishes = Needs(final_hidden=True)
+    tolerates_gaps = True
 
     def __init__(
         self,
