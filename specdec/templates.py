@@ -50,11 +50,14 @@ def best_first(acceptance: Sequence[Sequence[float]], size: int) -> Template:
     return from_paths(sorted(paths, key=lambda path: (len(path), path)))
 
 
-def expected_tokens(acceptance: Sequence[Sequence[float]], template: Template) -> float:
-    """Tokens a step yields with this template, bonus included, if ``acceptance`` holds and depths are independent."""
+def chances(acceptance: Sequence[Sequence[float]], template: Template) -> np.ndarray:
+    """float64 [N], how likely each node is accepted, if ``acceptance`` holds and depths are independent.
+
+    Their sum is what a step yields on average, bonus included.
+    """
     parents, ranks = template
     chance, depth = np.ones(len(parents)), np.zeros(len(parents), dtype=int)
     for i in range(1, len(parents)):
         depth[i] = depth[parents[i]] + 1
         chance[i] = chance[parents[i]] * acceptance[depth[i] - 1][ranks[i]]
-    return float(chance.sum())
+    return chance

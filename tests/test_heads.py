@@ -12,7 +12,7 @@ from specdec.heads.growth import Growth
 from specdec.heads.layer import DraftLayer, attend, chain_attend, layer_config
 from specdec.heads.loss import head_loss
 from specdec.target import Target
-from specdec.templates import best_first, expected_tokens
+from specdec.templates import best_first, chances
 
 V, D, K = 11, 6, 3
 
@@ -164,10 +164,10 @@ def test_templates_grow_nested_and_their_worth_with_them():
         paths = {tuple(_path(parents, ranks, v)) for v in range(len(parents))}
         assert before <= paths
         before = paths
-        assert expected_tokens(acceptance, template) > worth
-        worth = expected_tokens(acceptance, template)
+        assert chances(acceptance, template).sum() > worth
+        worth = chances(acceptance, template).sum()
     brute = 1 + 0.6 + 0.6 * 0.5 + 0.2
-    assert expected_tokens(acceptance, best_first(acceptance, 4)) == pytest.approx(brute)
+    assert chances(acceptance, best_first(acceptance, 4)).sum() == pytest.approx(brute)
 
 
 def _path(parents, ranks, v):

@@ -12,10 +12,23 @@ import torch
 from typer.testing import CliRunner
 
 from specdec import Decoder, zoo
-from specdec.bench.tune import Candidate, Curve, Yield, grid, predictions, shortlist
+from specdec.bench.tune import (
+    PRIOR,
+    Candidate,
+    Curve,
+    RankCounts,
+    Yield,
+    fastest_size,
+    grid,
+    own_trees,
+    predictions,
+    shortlist,
+)
 from specdec.cli import app
 from specdec.profile import Profile
 from specdec.stats import GenerationStats, StepStats
+from specdec.templates import best_first, chances
+from specdec.tree import DraftTree, Topology
 
 NONE, SUFFIX, SUFFIX_16, HEADS = (
     Candidate("none"),
@@ -73,6 +86,53 @@ class TestPrediction:
         sizes = grid("suffix", {"size": None, "min_prob": None}, True)
         assert {dict(c.options)["size"] for c in sizes} == {16, 32, 64}
         assert {dict(c.options).get("min_prob") for c in sizes} == {None, 0.3}
+
+
+class TestTrees:
+    def test_ranks_are_counted_where_they_were_tried(self) -> None:
+        tree = DraftTree(
+            Topology([-1, 0, 0, 1, 1, 2]), np.arange(6), prior=np.array([1, 0.5, 0.25, 0.5, 0.0, 0.5], dtype=np.float32)
+        )
+        counts = RankCounts()
+        counts.add(tree, [1])  # 1 accepted; of its children 3 and 4, none
+        counts.add(tree, [2, 5])
+        counts.add(tree, [])
+        first = [(PRIOR * p + 1) / (PRIOR + 3) for p in (0.5, 0.25)]
+        second = [(PRIOR * 0.5 + 1) / (PRIOR + 2), 0.0]
+        assert np.allclose(counts.acceptance(), [first, second], atol=1e-4)
+
+    @pytest.mark.parametrize("price", [0.0, 0.02, 0.1, 1.0])
+    def test_the_size_is_the_fastest_of_all(self, price: float) -> None:
+        acceptance = ((0.6, 0.2, 0.1), (0.5, 0.2), (0.3,))
+        curve = Curve((1, 64), (1.0, 1.0 + 63 * price))
+
+        def speed(size: int) -> float:
+            template = best_first(acceptance, size)
+            return chances(acceptance, template).sum() / (1.0 + price * (len(template[0]) - 1) + 0.1)
+
+        size = fastest_size(acceptance, curve, other=0.1)
+        assert speed(size) == pytest.approx(max(speed(n) for n in range(1, 30)))
+        assert {0.0: size > 9, 1.0: size == 1}.get(price, True)
+
+    def test_a_drafter_is_watched_while_it_decodes_and_its_tree_fits_its_prompts(self) -> None:
+        model, tokenizer = zoo.load("tiny", dtype=torch.float32)
+        ids = tokenizer("one two three one two three one two three one", return_tensors="pt").input_ids
+        decoder = Decoder(model, "token-recycling", size=32)
+        steep = {"off": Curve((1, 64), (1.0, 64.0))}
+        flat = {"off": Curve((1, 64), (1.0, 1.0))}
+        done = Yield(columns=[4], tokens=[2], other=0.001)
+
+        def run(it: Decoder) -> None:
+            it.generate(ids, max_new_tokens=40, do_sample=False)
+
+        assert own_trees(decoder, {Candidate("token-recycling"): done}, steep, run) == []  # no tree is worth it
+        (tree,) = own_trees(decoder, {Candidate("token-recycling"): done}, flat, run)
+        options = json.loads(json.dumps(dict(tree.options)))  # as a profile gives them back
+        assert options["size"] > 16
+        assert tree.label == f"token-recycling tree of its own size={options['size']}"
+        fitted = Decoder(model, "token-recycling", **options)
+        assert fitted.drafter.budget == options["size"]
+        assert fitted.generate(ids, max_new_tokens=9).tolist() == model.generate(ids, max_new_tokens=9).tolist()
 
 
 def run(*arguments: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,20 +23,28 @@ class Medusa(HeadDrafter[MedusaHeads]):
     Args:
         checkpoint, size: see ``HeadDrafter``.
         chain: the likeliest candidate of each head alone, as batched engines run it.
+        acceptance: what the tree is cut from in place of the checkpoint's own table, see ``templates.best_first``.
     """
 
     name = "medusa"
     summary = "heads on the target's last hidden state, a static tree of their candidates"
     head_class = MedusaHeads
 
-    def __init__(self, checkpoint: Head | str | Path, size: int | None = None, chain: bool = False):
+    def __init__(
+        self,
+        checkpoint: Head | str | Path,
+        size: int | None = None,
+        chain: bool = False,
+        acceptance: Sequence[Sequence[float]] | None = None,
+    ):
         super().__init__(checkpoint, size)
-        self.chain = chain
+        self.chain, self.acceptance = chain, acceptance
 
     def bind(self, target: Target) -> None:
         super().bind(target)
         ranks = 1 if self.chain else target.vocab_size
-        acceptance = [row[:ranks] for row in acceptance_table(self.head.config.acceptance, self.head.depths)]
+        measured = self.acceptance or self.head.config.acceptance
+        acceptance = [row[:ranks] for row in acceptance_table(measured, self.head.depths)]
         self._tree = StaticTree(acceptance, self.size)
 
     def candidates(self, h: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from specdec.state import DecodeState, Row
 from specdec.structure import Needs
 from specdec.tables import TableDrafter
 from specdec.target import StepOutput, Target
+from specdec.templates import best_first
 from specdec.tree import DraftTree, Proposal, Topology
 
 # positions of a text whose logits exist at one time: [256, V] and never [text, V]
@@ -37,6 +38,8 @@ class TokenRecycling(TableDrafter[AdjacencyTable]):
             extra column costs time.
         k: successors kept per token.
         update_on_prompt: learn from prompt positions too (the published code does not).
+        acceptance: what the tree of ``size`` nodes is cut from, see ``templates.best_first``; None: measured with the
+            embedded model.
         paths: a tree of your own in place of ``size``, see ``trees.from_paths``.
         scope, table: see ``TableDrafter``.
     """
@@ -51,6 +54,7 @@ class TokenRecycling(TableDrafter[AdjacencyTable]):
         size: int | None = None,
         k: int = 8,
         update_on_prompt: bool = True,
+        acceptance: Sequence[Sequence[float]] | None = None,
         paths: Sequence[tuple[int, ...]] | None = None,
         scope: Literal["shared", "request"] = "shared",
         table: str | Path | None = None,
@@ -60,7 +64,7 @@ class TokenRecycling(TableDrafter[AdjacencyTable]):
             raise UsageError(f"k={k} must be between 1 and 64")
         if size is not None and size < 1:
             raise UsageError(f"size={size} must be at least 1: the root alone")
-        self.size, self.k, self.update_on_prompt = size, k, update_on_prompt
+        self.size, self.k, self.update_on_prompt, self.acceptance = size, k, update_on_prompt, acceptance
         self._own_template = from_paths(paths) if paths is not None else None
         if not update_on_prompt:
             self.wishes = Needs()
@@ -77,9 +81,13 @@ class TokenRecycling(TableDrafter[AdjacencyTable]):
     def bind(self, target: Target) -> None:
         self.k = min(self.k, target.vocab_size)
         size = self.size or (PUBLISHED_SIZE if target.device.type == "cuda" else CPU_SIZE)
-        self._parents, self._ranks = self._own_template or template(size, self.k)
+        if self.acceptance is None:
+            self._parents, self._ranks = self._own_template or template(size, self.k)
+        else:
+            self._parents, self._ranks = self._own_template or best_first([r[: self.k] for r in self.acceptance], size)
         self.budget = len(self._parents)
-        by_rank = [*RANK_ACCEPTANCE, *[RANK_ACCEPTANCE[-1]] * self.k][: self.k]
+        shares = RANK_ACCEPTANCE if self.acceptance is None else self.acceptance[0]
+        by_rank = [*shares, *[shares[-1]] * self.k][: self.k]
         self._chance = np.array([*by_rank, COMMON_ACCEPTANCE], dtype=np.float32)
         super().bind(target)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,11 +45,12 @@ def tune(
         bool, typer.Option("--json", help="JSON on standard output, the table on standard error.")
     ] = False,
 ) -> None:
-    """Choose drafter, tree size and compile mode by predicted speed, check the best, and keep the fastest.
+    """Choose drafter, tree and compile mode by predicted speed, check the best, and keep the fastest.
 
-    Every other prompt calibrates: how many tokens steps yield, how many columns they take and what drafting costs; with
-    the cost of N columns that predicts each setting's speed. The best three are then timed on the other prompts, beside
-    plain decoding and transformers, and the fastest becomes the profile: `none` where nothing is faster.
+    Every other prompt calibrates: how many tokens steps yield, how many columns they take, what drafting costs, and
+    which ranks are accepted at which depth, so that static trees are cut for your prompts. With the cost of N columns
+    that predicts each setting's speed. The best three are then timed on the other prompts, beside plain decoding and
+    transformers, and the fastest becomes the profile: `none` where nothing is faster.
     """
     common.check_loading(dtype, device, compile_)
 
@@ -61,7 +62,7 @@ def tune(
     from specdec.bench.prompts import encode, load_prompts
     from specdec.bench.report import prepare_folder
     from specdec.bench.statistics import summarise
-    from specdec.bench.tune import Candidate, Curve, calibrate, grid, predictions, shortlist
+    from specdec.bench.tune import WIDE, Candidate, Curve, Yield, calibrate, grid, own_trees, predictions, shortlist
     from specdec.cli.doctor import measure
     from specdec.decoder import Decoder
     from specdec.profile import Profile, fingerprint, kept
@@ -119,7 +120,17 @@ def tune(
                 curves[compiled.target.compilation.mode] = Curve.of(measure(compiled.target, 256, 5.0)["curve"])
         console.print(f"calibrating on {len(groups[::2])} prompts", highlight=False)
         with console.status("") as status:
-            found = calibrate(candidates(), groups[::2], settings.arguments(), status.update)
+
+            def trial(some: Iterable[tuple[Candidate, Decoder]]) -> dict[Candidate, Yield]:
+                return calibrate(some, groups[::2], settings.arguments(), status.update)
+
+            found = trial(candidates())
+            for name in choices:
+                taken = registry.options(registry.drafter_class(name))
+                if "acceptance" in taken and not {"acceptance", "size", "paths", "chain"} & set(choices[name].options):
+                    wide = Candidate(name, (("size", WIDE),))
+                    trees = own_trees(decoder(wide, "off"), found, curves, lambda one: trial([(wide, one)]))  # noqa: B023
+                    found |= trial((tree, decoder(tree, "off")) for tree in trees)
         predicted = predictions(found, curves, plain)
         finalists = [(plain, mode) for mode in curves] + shortlist(predicted, plain, FINALISTS)
         arms: list[Any] = [baseline(REFERENCE, target, None)]
