@@ -4,7 +4,7 @@ BIN := .venv/bin
 RESULTS := bench/results
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint format slow results pareto tables-of-results docs tables gpu clean
+.PHONY: demo test lint format slow results pareto grown tuned tables-of-results docs tables gpu clean
 
 # torch comes first and exactly, so that no other package pulls in another build of it
 .venv/.ready: pyproject.toml constraints.txt
@@ -61,6 +61,19 @@ pareto: .venv/.ready  ## speed against quality of the lossy methods, into bench/
 	  --set lexical-units.mode=trusting --out $(RESULTS)/pareto-lexical-units
 	$(BIN)/specdec pareto tiny-image --temperature 1 --set draft-model.branching=3,2,1,1 \
 	  --curve lantern.factor=1,1.5,2,3,5,10 --out $(RESULTS)/pareto-image
+
+GROWN := build/grown-300M
+grown: .venv/.ready  ## lossless speed-ups at the cost of 300M parameters in bfloat16 (leave the machine alone meanwhile)
+	$(BIN)/specdec grow tiny --to 300M --out $(GROWN)
+	$(BIN)/specdec bench $(GROWN) --dtype bfloat16 --draft-model tiny-draft --limit 18 \
+	  --drafters none,prompt-lookup,suffix,token-recycling,hybrid,draft-model --out $(RESULTS)/grown-300M
+	$(BIN)/specdec verify $(GROWN) --dtype bfloat16 --drafter hybrid --out $(RESULTS)/grown-300M/certificate
+
+tuned: .venv/.ready  ## what the tuner predicts, and what is then measured (leave the machine alone meanwhile)
+	$(BIN)/specdec tune tiny --out $(RESULTS)/tuned/tiny.json
+	$(BIN)/specdec tune tiny --temperature 1 --out $(RESULTS)/tuned/tiny-sampled.json
+	$(BIN)/specdec tune $(GROWN) --dtype bfloat16 --drafters prompt-lookup,suffix,token-recycling,hybrid --limit 12 \
+	  --max-new-tokens 64 --out $(RESULTS)/tuned/grown-300M.json
 
 RESULTS_OF = $(patsubst %,$(RESULTS)/%/results.md,$(1))
 tables-of-results: .venv/.ready  ## put what stands in bench/results into README and docs/results.md

@@ -103,6 +103,8 @@ def test_a_damaged_or_missing_checkpoint_gives_one_clear_error(tmp_path: Path, m
     for name in ("torn", "gone"):
         with pytest.raises(zoo.ZooError, match="reinstall specdec"):
             zoo.load(name)
+    with pytest.raises(zoo.ZooError, match="tiny_image.load"):
+        zoo.load("tiny-image")
     with pytest.raises(zoo.ZooError, match="choose one of"):
         zoo.load("tinny")
 

@@ -84,6 +84,8 @@ def load(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     folder = _FOLDERS.get(name)
     if folder is None:
         raise ZooError(f"zoo model {name!r} is unknown: choose one of {names()}")
+    if name.startswith("tiny-image"):
+        raise ZooError(f"zoo model {name!r} has no tokenizer: use specdec.zoo.tiny_image.load()")
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.bfloat16, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
