@@ -29,6 +29,7 @@ from specdec.cli.generate import generate
 from specdec.cli.grow import grow
 from specdec.cli.listing import list_methods
 from specdec.cli.pareto import pareto
+from specdec.cli.recipe import recipe
 from specdec.cli.spec_bench import spec_bench_app
 from specdec.cli.table import table_app
 from specdec.cli.train import train_app
@@ -75,6 +76,7 @@ app.command("distill")(distill)
 app.command("export")(export)
 app.command("grow")(grow)
 app.command("codebook")(codebook)
+app.command("recipe")(recipe)
 app.command("doctor")(doctor)
 app.command("list")(list_methods)
 app.add_typer(spec_bench_app, name="spec-bench")
