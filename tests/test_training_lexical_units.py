@@ -28,6 +28,7 @@ from specdec.training import lexical_units as training
 from specdec.training.heads import split
 from specdec.training.joint import text_loss
 from specdec.training.lexical_units import NEVER, Calibration, UnitSettings, train_units, unit_settings, unused_token
+from specdec.training.lm import last_checkpoint
 
 SETTINGS = UnitSettings(
     max_steps=12,
@@ -135,7 +136,7 @@ def test_a_run_that_breaks_off_ends_like_an_unbroken_one(unbroken, tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             run(out)
     assert not out.exists(), "nothing half-written"
-    assert training.last_checkpoint(tmp_path / "units.run") is not None
+    assert last_checkpoint(tmp_path / "units.run") is not None
     run(out)
     assert losses(out) == pytest.approx(losses(unbroken), abs=1e-5)
     with pytest.raises(UsageError, match="a run of other settings or data"):

@@ -9,6 +9,7 @@ import typer
 
 from specdec.cli import common
 from specdec.errors import UsageError
+from specdec.processes import this_process
 
 
 def distill(
@@ -30,7 +31,8 @@ def distill(
 ) -> None:
     """Let the model answer prompts, for training drafters on its own text.
 
-    Ctrl-C keeps what is done; the same command goes on from there.
+    Ctrl-C keeps what is done; the same command goes on from there. Under `accelerate launch -m specdec distill ...` or
+    torchrun, processes share the prompts; the file is the same.
     """
     common.check_loading(dtype, device, compile_)
     temperatures = _temperatures(temperature)
@@ -45,7 +47,8 @@ def distill(
         raise UsageError(f"--drafter {drafter}: it never pays in batches; use none, or one that needs no other model")
     asked = read_prompts(prompts)[:limit]
     common.quiet()
-    target, tokenizer = common.load_model(model, dtype, device), common.load_tokenizer(model)
+    process = this_process()
+    target, tokenizer = common.load_model(model, dtype, process.place(device)), common.load_tokenizer(model)
     if chat and not tokenizer.chat_template:
         raise UsageError("--chat: this model's tokenizer has no chat template; leave --chat out")
     decoder = Decoder(target, choice.make(), tokenizer=tokenizer, compile=compile_)  # type: ignore[arg-type]
@@ -60,10 +63,12 @@ def distill(
         dtype=str(target.dtype).removeprefix("torch."),
         seed=seed,
     )
+    where = {**environment(target, model), "rank": process.rank, "processes": process.count}
     console = common.console(stderr=True)
+    console.quiet = not process.first
     try:
         with common.progress(console) as progress:
-            outcome = answer(decoder, tokenizer, asked, out, settings, environment(target, model), progress)
+            outcome = answer(decoder, tokenizer, asked, out, settings, where, progress, process)
     except KeyboardInterrupt:
         console.print(f"interrupted: {out} is whole as far as it goes; the same command goes on", highlight=False)
         raise typer.Exit(130) from None
@@ -73,8 +78,10 @@ def distill(
             f"model's context of {decoder.target.context}",
             highlight=False,
         )
-    made = f", {outcome.tokens} tokens at {outcome.tokens / outcome.seconds:.0f} tokens/s" if outcome.tokens else ""
-    console.print(f"{out}: {outcome.done} answers{made}", highlight=False)
+    speed = f", {outcome.tokens} tokens at {outcome.tokens / outcome.seconds:.0f} tokens/s" if outcome.tokens else ""
+    by = f" by process {process.rank}" if process.count > 1 and speed else ""
+    console.quiet = not outcome.whole  # the process that ends last says how many there are
+    console.print(f"{out}: {outcome.done} answers{speed}{by}", highlight=False)
 
 
 def _temperatures(text: str) -> tuple[float, ...]:

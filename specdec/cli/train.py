@@ -14,6 +14,7 @@ from rich.console import Console
 
 from specdec.cli import common
 from specdec.errors import UsageError
+from specdec.processes import alone
 
 train_app = typer.Typer(help="Train heads for a target, or language models from a recipe.", no_args_is_help=True)
 
@@ -46,6 +47,7 @@ def lm(
     """Train the recipe's language models; weights appear in OUT/target and OUT/draft when all is done."""
     console = Console(stderr=True)
     try:
+        alone("specdec train lm")
         require_extra()
         from specdec.training.lm import train_lm
         from specdec.training.recipe import load_recipe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from specdec.cli import common
 from specdec.cli.train import require_extra, train_app, writable
 from specdec.errors import UsageError, first_line
+from specdec.processes import alone, this_process
 
 # name -> help; known without importing the methods, so that --help is quick
 METHODS = {
@@ -72,15 +72,13 @@ def run(
     settings, options = split_settings(method, read_settings(config, pairs))
     writable(out.parent)
     common.quiet()
-    rank = int(os.environ.get("LOCAL_RANK", 0))
+    process = this_process()
     tokenizer = common.load_tokenizer(target, "--target")
     samples = load_samples(data, tokenizer, settings.max_length)
-    if device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(rank)  # each process of accelerate has a card of its own
-    model = common.load_model(target, dtype, device, "--target")
+    model = common.load_model(target, dtype, process.place(device), "--target")
     stored = getattr(torch, store)
     train_head(method, model, samples, out, settings, options, tokenizer, target, resume, stored)
-    if rank == 0:
+    if process.first:
         Console(stderr=True).print(f"{method}: {out}", highlight=False)
 
 
@@ -117,6 +115,7 @@ def sweep_layers(
     device: common.Device = "auto",
 ) -> None:
     """Which layer hidden transfer should inject at: trains the first map alone at each, and draws the curve."""
+    alone("specdec train sweep-layers")
     require_extra()
     common.check_loading(dtype, device)
     try:

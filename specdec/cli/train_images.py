@@ -9,6 +9,7 @@ from rich.console import Console
 
 from specdec.cli.train import DataOption, OutOption, _fail, _overrides, require_extra, train_app, writable
 from specdec.errors import UsageError
+from specdec.processes import alone
 
 
 @train_app.command("images")
@@ -24,6 +25,7 @@ def images(
     """
     console = Console(stderr=True)
     try:
+        alone("specdec train images")
         require_extra()
         from specdec.training.images import load_image_recipe, train_images
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from specdec.cli import common
 from specdec.cli.train import require_extra, writable
 from specdec.cli.train_heads import read_settings, train_app
+from specdec.processes import this_process
 
 
 @train_app.command("medusa-2")
@@ -49,12 +49,10 @@ def medusa_2(
     settings, options = split_settings("medusa", read_settings(config, set_ or []), JointSettings)
     writable(out.parent)
     common.quiet()
-    rank = int(os.environ.get("LOCAL_RANK", 0))
+    process = this_process()
     tokenizer = common.load_tokenizer(target, "--target")
     samples = load_samples(data, tokenizer, settings.max_length)
-    if device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(rank)  # each process of accelerate has a card of its own
-    model = common.load_model(target, dtype, device, "--target")
+    model = common.load_model(target, dtype, process.place(device), "--target")
     train_joint(model, samples, out, settings, options, tokenizer, target, resume, getattr(torch, store))
-    if rank == 0:
+    if process.first:
         Console(stderr=True).print(f"medusa-2: {out}/target and {out}/heads", highlight=False)

@@ -13,6 +13,7 @@ from specdec.cli import common
 from specdec.cli.train import DataOption, RecipeOption, require_extra, train_app, writable
 from specdec.cli.train_heads import read_settings
 from specdec.errors import UsageError
+from specdec.processes import this_process
 
 
 @train_app.command("judge")
@@ -33,8 +34,6 @@ def judge(
     require_extra()
     common.check_loading(dtype, device)
 
-    from rich.console import Console
-
     from specdec.training.judge import JudgeSettings, read_examples, train_judge
 
     settings = JudgeSettings.of(read_settings(config, set_ or []))
@@ -44,11 +43,13 @@ def judge(
     writable(out.parent)
     common.quiet()
     tokenizer = common.load_tokenizer(target, "--target")
-    model = common.load_model(target, dtype, device, "--target")
+    process = this_process()
+    model = common.load_model(target, dtype, process.place(device), "--target")
     console = common.console(stderr=True)
+    console.quiet = not process.first
     with common.progress(console) as progress:
         train_judge(model, tokenizer, data, out, settings, progress, test, target, resume)
-    Console(stderr=True).print(f"judge: {out}", highlight=False)
+    console.print(f"judge: {out}", highlight=False)
 
 
 @train_app.command("judge-data")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from specdec.cli import common
 from specdec.cli.train import require_extra, train_app, writable
 from specdec.cli.train_heads import read_settings
+from specdec.processes import this_process
 
 
 @train_app.command("lexical-units")
@@ -47,12 +47,10 @@ def lexical_units(
     settings = unit_settings(read_settings(config, set_ or []))
     writable(out.parent)
     common.quiet()
-    rank = int(os.environ.get("LOCAL_RANK", 0))
+    process = this_process()
     tokenizer = common.load_tokenizer(target, "--target")
     samples = load_samples(data, tokenizer, settings.max_length)
-    if device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(rank)  # each process of accelerate has a card of its own
-    model = common.load_model(target, dtype, device, "--target")
+    model = common.load_model(target, dtype, process.place(device), "--target")
     train_units(model, samples, out, settings, tokenizer, target, resume, getattr(torch, store), merged)
-    if rank == 0:
+    if process.first:
         Console(stderr=True).print(f"lexical-units: {out}", highlight=False)

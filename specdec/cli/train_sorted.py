@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from specdec.cli import common
 from specdec.cli.train import require_extra, train_app, writable
+from specdec.processes import this_process
 
 
 @train_app.command("s2d")
@@ -56,14 +56,13 @@ def s2d(
     settings = read_settings({**values, **{k: v for k, v in given.items() if v is not None}})
     writable(out.parent)
     common.quiet()
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(rank)  # each process of accelerate has a card of its own
-    model = load_draft(str(zoo.path(draft) or draft), settings).to(device)
+    process = this_process()
+    place = process.place(device)
+    if place == "auto":
+        place = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_draft(str(zoo.path(draft) or draft), settings).to(place)
     tokenizer = common.load_tokenizer(draft, "--draft")
     samples = load_samples(data, tokenizer, settings.max_length)
     train_sorted(model, samples, out, settings, tokenizer, resume, getattr(torch, store))
-    if rank == 0:
+    if process.first:
         Console(stderr=True).print(f"s2d: {out}", highlight=False)

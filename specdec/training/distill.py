@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -19,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from specdec.decoder import Decoder
 from specdec.errors import UsageError
+from specdec.processes import ALONE, Process
 
 from .conversations import PROVENANCE, first_user_turn, json_rows
 
@@ -63,12 +66,16 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """What a run did: prompts in the file now, those too long for the context, and what this run added."""
+    """What a run did: prompts answered by now, those too long for the context, and what this process added.
+
+    ``whole``: all answers are in one file; else other processes are still at theirs, or ended early.
+    """
 
     done: int
     too_long: int
     tokens: int = 0
     seconds: float = 0.0
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -122,13 +129,19 @@ def distill(
     settings: Settings,
     environment: dict[str, Any],
     progress: Callable[[int, int, str], None],
+    process: Process = ALONE,
 ) -> Outcome:
     """Append the target's answer to every prompt to `out`, each exactly once; a later call goes on where one stopped.
 
     A line holds "id", "category" (if the prompt has one), "prompt", "response", "prompt_ids", "response_ids" (int
     lists; the end-of-sequence token included where the answer ended with it) and "temperature". Lines come batch by
-    batch. A batch is sampled with a seed made from `settings.seed` and its first prompt, so an interrupted run ends in
-    the same answers as an unbroken one. `out` + ".provenance.json" says how the file was made.
+    batch; when all are there they are put in the order of the prompts. A batch is sampled with a seed made from
+    `settings.seed` and its first prompt, so an interrupted run ends in the same answers as an unbroken one.
+    `out` + ".provenance.json" says how the file was made.
+
+    Of several processes each takes every so-manieth batch, the first into `out`, the others into `out` + ".parts"; the
+    one that ends last brings all together, in the same file as one process makes. Any number of processes can go on
+    with what any other number left.
 
     Args:
         decoder: the target; any drafter.
@@ -137,56 +150,55 @@ def distill(
         out: the `.jsonl` file.
         settings: what decides the answers.
         environment: versions, machine and command, for the record.
-        progress: called with (done, total, text).
+        progress: called with (done, total, text) of this process's share.
+        process: this one.
 
     Raises:
-        UsageError: `out` holds something else, comes from other settings is being written or cannot be; no prompt fits.
+        UsageError: `out` holds something else, is of other settings, is being written or cannot be; no prompt fits.
     """
+    jobs = _jobs(prompts, tokenizer, settings, decoder.target.context)
+    mine = list(_batches(jobs, settings))[process.rank :: process.count]
+    parts = _Parts(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(out.with_name(out.name + ".lock"), timeout=0):
-            return _distill(decoder, tokenizer, prompts, out, settings, environment, progress)
-    except Timeout as error:
-        raise UsageError(f"--out {out}: another run is writing it; wait for it, or give another --out") from error
+        with parts.session({job.prompt.id for batch in mine for job in batch}, settings, environment, process) as done:
+            outcome = _share(decoder, tokenizer, mine, parts.file(process), done, settings, progress)
+        outcome.too_long = len(prompts) - len(jobs)
+        outcome.done, outcome.whole = parts.merge([job.prompt.id for job in jobs])
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror}); give a place with room") from error
+    return outcome
 
 
-def _distill(
+def _share(
     decoder: Decoder,
     tokenizer: Any,
-    prompts: list[Prompt],
-    out: Path,
+    mine: list[list[_Job]],
+    file: Path,
+    done: set[str],
     settings: Settings,
-    environment: dict[str, Any],
     progress: Callable[[int, int, str], None],
 ) -> Outcome:
-    done = _resume(out, settings)
-    jobs = _jobs(prompts, tokenizer, settings, decoder.target.context)
-    left = sum(job.prompt.id not in done for job in jobs)
-    outcome = Outcome(len(jobs) - left, len(prompts) - len(jobs))
-    if not left:
+    """Answer this process's batches, except what is done."""
+    total = sum(map(len, mine))
+    outcome = Outcome(sum(job.prompt.id in done for batch in mine for job in batch), 0)
+    if outcome.done == total:
         return outcome
-    _record(out, settings, environment)
     start = perf_counter()
-    with out.open("ab") as file:
-        progress(outcome.done, len(jobs), "answering")
-        for batch in _batches(jobs, settings):
-            if all(job.prompt.id in done for job in batch):
+    with file.open("ab") as lines:
+        progress(outcome.done, total, "answering")
+        for batch in mine:
+            new = [job.prompt.id not in done for job in batch]
+            if not any(new):
                 continue
             # a batch that was cut is made again as a whole: its seed belongs to all of it
             answers = _answer(decoder, tokenizer, batch, settings)
-            lines = [
-                _line(job, answer, tokenizer)
-                for job, answer in zip(batch, answers, strict=True)
-                if job.prompt.id not in done
-            ]
-            file.write("".join(lines).encode())
-            file.flush()
-            outcome.done += len(lines)
+            made = zip(new, batch, answers, strict=True)
+            lines.write("".join(_line(job, answer, tokenizer) for is_new, job, answer in made if is_new).encode())
+            lines.flush()
+            outcome.done += sum(new)
             outcome.tokens += sum(map(len, answers))
             outcome.seconds = perf_counter() - start
-            progress(outcome.done, len(jobs), f"{outcome.tokens / outcome.seconds:.0f} tokens/s")
+            progress(outcome.done, total, f"{outcome.tokens / outcome.seconds:.0f} tokens/s")
     return outcome
 
 
@@ -262,38 +274,118 @@ def _line(job: _Job, answer: list[int], tokenizer: Any) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _resume(out: Path, settings: Settings) -> set[str]:
-    """Ids that `out` holds, after cutting off a line that was torn when an earlier run was killed."""
-    if not out.exists():
-        return set()
+class _Parts:
+    """The files of one `out`: itself, written by the first process, and those of further processes in a folder."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.folder = out.with_name(out.name + ".parts")
+        self.lock = FileLock(out.with_name(out.name + ".lock"))  # held while files are looked over or brought together
+
+    def file(self, process: Process) -> Path:
+        """Where a process appends its answers."""
+        return self.out if process.first else self.folder / f"{process.rank}.jsonl"
+
+    @contextmanager
+    def session(
+        self, mine: set[str], settings: Settings, environment: dict[str, Any], process: Process
+    ) -> Iterator[set[str]]:
+        """Answer as ``process``, whose share are the ids ``mine``; yields those that are answered in any file.
+
+        Raises:
+            UsageError: the files are of other settings, or damaged; another run is writing them.
+        """
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held:
+            with self.lock, ExitStack() as others:
+                self._check(settings)
+                self.folder.mkdir(exist_ok=True)
+                own = self.folder / f"{process.rank}-of-{process.count}.lock"
+                self._hold(held, {own})
+                # processes of this run may be at it; with another number of them, shares would overlap
+                beside = set(self.folder.glob(f"*-of-{process.count}.lock"))
+                self._hold(others, set(self.folder.glob("*.lock")) - beside)
+                done = {key for part in self._files() for key in _whole_lines(part)}
+                if not mine <= done:
+                    self._record(settings, environment)
+                    _cut(self.file(process))
+            yield done
+
+    def merge(self, ids: list[str]) -> tuple[int, bool]:
+        """Bring all lines into `out`, those of `ids` in their order, further ones behind them, once all are there.
+
+        Returns:
+            How many of `ids` are there, and whether `out` has them.
+        """
+        with self.lock, ExitStack() as held:
+            lines = {key: line for part in self._files() for key, line in _whole_lines(part).items()}
+            done = sum(key in lines for key in ids)
+            if done < len(ids) or not self.folder.exists():
+                return done, done == len(ids)
+            try:
+                self._hold(held, set(self.folder.glob("*.lock")))
+            except UsageError:  # the process that ends last will come here again
+                return done, False
+            whole = b"".join(lines[key] for key in dict.fromkeys([*ids, *lines]))
+            if not self.out.exists() or self.out.read_bytes() != whole:
+                part = self.folder / "whole"
+                part.write_bytes(whole)
+                part.replace(self.out)
+            shutil.rmtree(self.folder)
+        return done, True
+
+    def _files(self) -> list[Path]:
+        return [file for file in (self.out, *sorted(self.folder.glob("*.jsonl"))) if file.exists()]
+
+    def _hold(self, stack: ExitStack, locks: set[Path]) -> None:
+        try:
+            for lock in locks:
+                stack.enter_context(FileLock(lock, timeout=0))
+        except Timeout as error:
+            raise UsageError(
+                f"--out {self.out}: another run is writing it; wait for it, or give another --out"
+            ) from error
+
+    def _check(self, settings: Settings) -> None:
+        """What earlier runs left is of the same settings."""
+        if not self._files():
+            return
+        file = provenance_file(self.out)
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"--out {self.out}: this file was not written by `specdec distill` ({file.name} beside it is missing "
+                "or damaged); give another --out"
+            ) from error
+        now = json.loads(json.dumps(asdict(settings)))
+        changed = [f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in now if now[key] != before.get(key)]
+        if changed:
+            raise UsageError(
+                f"--out {self.out} was made with other settings ({'; '.join(changed)}); give another --out"
+            )
+
+    def _record(self, settings: Settings, environment: dict[str, Any]) -> None:
+        """Write the provenance: the settings, and the environment of every process that was at it."""
+        file = provenance_file(self.out)
+        runs = json.loads(file.read_text(encoding="utf-8"))["runs"] if self._files() else []
+        part = file.with_name(file.name + ".part")
+        record = {"settings": asdict(settings), "runs": [*runs, environment]}
+        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        part.replace(file)
+
+
+def _whole_lines(file: Path) -> dict[str, bytes]:
+    """Id -> line, of the lines that were written to their end."""
+    content = file.read_bytes()
+    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
     try:
-        before = json.loads(provenance_file(out).read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--out {out}: this file was not written by `specdec distill` ({provenance_file(out).name} beside it is "
-            "missing or damaged); give another --out"
-        ) from error
-    now = json.loads(json.dumps(asdict(settings)))
-    changed = [f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in now if now[key] != before.get(key)]
-    if changed:
-        raise UsageError(f"--out {out} was made with other settings ({'; '.join(changed)}); give another --out")
-    content = out.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    try:
-        ids = [json.loads(line)["id"] for line in content[:whole].splitlines()]
+        return {json.loads(line)["id"]: line for line in lines}
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--out {out}: a line in it is damaged; give another --out") from error
-    if whole < len(content):
-        with out.open("r+b") as file:
-            file.truncate(whole)
-    return set(ids)
+        raise UsageError(f"--out {file}: a line in it is damaged; give another --out") from error
 
 
-def _record(out: Path, settings: Settings, environment: dict[str, Any]) -> None:
-    """Write the provenance: the settings, and the environment of every run that added to the file."""
-    file = provenance_file(out)
-    runs = json.loads(file.read_text(encoding="utf-8"))["runs"] if out.exists() else []
-    part = file.with_name(file.name + ".part")
-    record = {"settings": asdict(settings), "runs": [*runs, environment]}
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
+def _cut(file: Path) -> None:
+    """Make the file if it is not there, and take off a line that was torn when an earlier run was killed."""
+    with file.open("ab") as lines:
+        lines.truncate(file.read_bytes().rfind(b"\n") + 1)

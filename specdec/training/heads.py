@@ -11,7 +11,6 @@ import difflib
 import inspect
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from specdec import registry
 from specdec.errors import UsageError, first_line
 from specdec.heads import Head, HeadDrafter, Learner
 from specdec.heads.checkpoint import replace_folder
+from specdec.processes import this_process
 from specdec.training.lm import last_checkpoint
 from specdec.training.optimizer import MuonAdamW, parameter_groups
 
@@ -231,16 +231,9 @@ def train_learner(
     """
     trainer = _trainer(learner, training, held_out, out, settings, optimizer, callbacks)
     run = out.with_name(out.name + ".run")
-    if not resume and trainer.is_world_process_zero():
-        shutil.rmtree(run, ignore_errors=True)
-    checkpoint = last_checkpoint(run)
-    if checkpoint is not None and json.loads((run / "run.json").read_text(encoding="utf-8")) != key:
-        raise UsageError(f"{run}: it holds a run of other settings or data; give another --out, or use --no-resume")
-    if trainer.is_world_process_zero():
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "run.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
     started = time.time()
     try:
+        checkpoint = open_run(run, key, resume)
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.is_world_process_zero():
             finish(trainer, time.time() - started)
@@ -251,6 +244,37 @@ def train_learner(
         ) from error
     trainer.accelerator.wait_for_everyone()
     return out
+
+
+def open_run(run: Path, key: dict[str, Any], resume: bool) -> str | None:
+    """Make the folder of a run's checkpoints; returns the one to go on from, None to start.
+
+    Args:
+        run: the folder.
+        key: what makes a run this one, besides the number of processes, which decides what a step sees.
+        resume: go on with what is there; else remove it.
+
+    Raises:
+        UsageError: it holds another run.
+    """
+    process = this_process()
+    key = json.loads(json.dumps({**key, "processes": process.count}))  # as it will be read back
+    file = run / "run.json"
+    checkpoint = last_checkpoint(run) if resume else None
+    if checkpoint is not None:
+        before = {"processes": 1, **json.loads(file.read_text(encoding="utf-8"))}
+        if before["processes"] != process.count:
+            raise UsageError(
+                f"{run}: it holds a run of {before['processes']} processes, not {process.count}; start as many, give "
+                "another --out, or use --no-resume"
+            )
+        if before != key:
+            raise UsageError(f"{run}: it holds a run of other settings or data; give another --out, or use --no-resume")
+    elif process.first:
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(key, indent=1), encoding="utf-8")
+    return checkpoint
 
 
 def public_name(target: str) -> str:
@@ -311,7 +335,7 @@ def split(samples: Dataset, settings: Settings) -> tuple[Dataset, Dataset]:
     order = rng.permutation(len(samples))
     held, rest = order[: settings.eval_prompts], order[settings.eval_prompts :]
     # consecutive batches go to the processes, so any number of them sees the same samples together
-    together = settings.batch * _processes()
+    together = settings.batch * this_process().count
     lengths = np.array([len(ids) for ids in samples["input_ids"]])
     passes = []
     for _ in range(max(1, math.ceil(settings.epochs)) if settings.max_steps is None else 1):
@@ -327,11 +351,6 @@ def by_length(order: np.ndarray, lengths: np.ndarray, batch: int, rng: np.random
     last = batches.pop() if len(batches[-1]) < batch else None  # only the very last may be short
     shuffled = [batches[i] for i in rng.permutation(len(batches))]
     return np.concatenate([*shuffled, *([last] if last is not None else [])])
-
-
-def _processes() -> int:
-    """How many ``accelerate launch`` or ``torchrun`` started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -397,7 +416,7 @@ def training_arguments(settings: Any, run: Path, cpu: bool, measure: str = "eval
         report_to=settings.loggers.split(","),
         remove_unused_columns=False,
         use_cpu=cpu,
-        ddp_backend="gloo" if cpu and _processes() > 1 else None,
+        ddp_backend="gloo" if cpu and this_process().count > 1 else None,
     )
 
 

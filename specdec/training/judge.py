@@ -24,6 +24,7 @@ from scipy.stats import rankdata
 
 from specdec.errors import UsageError
 from specdec.heads.checkpoint import replace_folder
+from specdec.processes import ALONE, Process, gathering, this_process
 from specdec.target import Target
 from specdec.verifiers.judge.labels import ACCEPTABLE, IGNORED, MISTAKEN, Example, encode, wrong_answer, wrong_number
 from specdec.verifiers.judge.module import JudgeHead
@@ -161,18 +162,34 @@ def read_features(
     progress: Progress,
 ) -> Features:
     """Teacher-force every answer through the target; parts that ``folder`` holds already are taken from there."""
+    _write_parts(head, target, examples, folder, settings, progress, ALONE)
+    parts = [load_file(file) for file in _files(examples, folder).values()]
+    return Features(*(torch.cat([part[f.name] for part in parts]) for f in dataclasses.fields(Features)))
+
+
+def _files(examples: Sequence[Example], folder: Path) -> dict[int, Path]:
+    """By the first example in it."""
+    return {start: folder / f"part-{start:06d}.safetensors" for start in range(0, len(examples), PART)}
+
+
+def _write_parts(
+    head: JudgeHead,
+    target: Target,
+    examples: Sequence[Example],
+    folder: Path,
+    settings: JudgeSettings,
+    progress: Progress,
+    process: Process,
+) -> None:
+    """Make this process's share of the parts that are missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = []
-    starts = range(0, len(examples), PART)
-    for done, start in enumerate(starts):
-        file = folder / f"part-{start:06d}.safetensors"
+    mine = list(_files(examples, folder).items())[process.rank :: process.count]
+    for done, (start, file) in enumerate(mine):
         if not file.exists():
-            progress(done, len(starts), f"hidden states of {len(examples)} examples")
+            progress(done, len(mine), f"hidden states of {len(examples)} examples")
             found = _part(head, target, examples[start : start + PART], start, settings)
             save_file(found, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
-        parts.append(load_file(file))
-    return Features(*(torch.cat([part[f.name] for part in parts]) for f in dataclasses.fields(Features)))
 
 
 def _part(
@@ -506,7 +523,15 @@ def train_judge(
         **{name: getattr(settings, name) for name in ("pre_norm", "chat", "after_error", "max_length")},
     }
     run = out.with_name(out.name + ".run")
-    _open_run(run, key, resume)
+    process = this_process()
+    with gathering(process) as gather:
+        if process.first:
+            _open_run(run, key, resume)
+        gather(None)  # the others wait for it
+        for rows, name in ((examples, "training"), (tests, "test")):
+            _write_parts(head, target, rows, run / name, settings, progress, process)
+        if not gather(None):
+            return out
     features = read_features(head, target, examples, run / "training", settings, progress)
     parts = (features.of(~held[features.example]), features.of(held[features.example]))
     names = sorted({example.kind for example in examples})

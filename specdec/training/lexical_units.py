@@ -7,7 +7,6 @@ import difflib
 import importlib.util
 import json
 import math
-import os
 import shutil
 import time
 import warnings
@@ -28,10 +27,10 @@ from specdec.drafters.lexical_units.learner import UnitLearner, read
 from specdec.drafters.lexical_units.units import Packed, find_units, forbid, pack, write_row
 from specdec.errors import UsageError, first_line
 from specdec.heads.checkpoint import replace_folder
+from specdec.processes import this_process
 from specdec.target import Target
-from specdec.training.heads import Settings, batches, check_vocabulary, public_name, split, training_arguments
+from specdec.training.heads import Settings, batches, check_vocabulary, open_run, public_name, split, training_arguments
 from specdec.training.joint import text_loss
-from specdec.training.lm import last_checkpoint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -154,16 +153,10 @@ def train_units(
         "samples": [len(samples), int(sum(map(sum, samples["loss_mask"])))],
     }
     run = out.with_name(out.name + ".run")
-    first = int(os.environ.get("RANK", 0)) == 0
-    if not resume and first:
-        shutil.rmtree(run, ignore_errors=True)
-    checkpoint = last_checkpoint(run)
-    if checkpoint is not None and json.loads((run / "run.json").read_text(encoding="utf-8")) != key:
-        raise UsageError(f"{run}: it holds a run of other settings or data; give another --out, or use --no-resume")
+    first = this_process().first
     started = time.time()
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "run.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
+        checkpoint = open_run(run, key, resume)
         held_out, training = split(samples.add_column("number", np.arange(len(samples))), settings)
         before = text_loss(target, held_out)
         number, packed = np.array(training["number"]), _packed(len(training), settings)

@@ -21,8 +21,7 @@ from specdec.drafters.s2d.segments import Segments
 from specdec.errors import CompatibilityError, UsageError, first_line
 from specdec.heads.checkpoint import replace_folder
 from specdec.target import Target
-from specdec.training.heads import Settings, batches, check_vocabulary, collate, split, training_arguments
-from specdec.training.lm import last_checkpoint
+from specdec.training.heads import Settings, batches, check_vocabulary, collate, open_run, split, training_arguments
 from specdec.training.loss import LinearCrossEntropy
 from specdec.training.optimizer import MuonAdamW, parameter_groups
 
@@ -241,21 +240,13 @@ def train_sorted(
     held_out, training = split(samples, settings)
     trainer = _trainer(model, exits, training, held_out, out, settings)
     run = out.with_name(out.name + ".run")
-    if not resume and trainer.is_world_process_zero():
-        shutil.rmtree(run, ignore_errors=True)
-    record = {
+    key: dict[str, Any] = {
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in OF_HEADS},
         "samples": [len(samples), int(sum(map(sum, samples["loss_mask"])))],
     }
-    key = json.loads(json.dumps(record))  # as it will be read back
-    checkpoint = last_checkpoint(run)
-    if checkpoint is not None and json.loads((run / "run.json").read_text(encoding="utf-8")) != key:
-        raise UsageError(f"{run}: it holds a run of other settings or data; give another --out, or use --no-resume")
-    if trainer.is_world_process_zero():
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "run.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
     started = time.time()
     try:
+        checkpoint = open_run(run, key, resume)
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.is_world_process_zero():
             model.eval()
