@@ -86,6 +86,8 @@ def detect(target: Target) -> Capability:
 def _kernel(target: Target, tree: Capability, want: torch.Tensor, tolerance: float) -> str | None:
     """Why steps do not run on the tree attention kernel; None when they do, tried with the model's own forward."""
     reason = supported(target.model, target.device, target.model.dtype)
+    if target.ranks is not None:  # one that cannot is enough: all must run the same trial
+        reason = next(filter(None, target.ranks.gather(reason)), None)
     if reason is not None:
         return reason
     target.capability = tree

@@ -96,8 +96,8 @@ def _obstacle(target: Target) -> str | None:
         return "there is no C++ compiler, which torch.compile needs on a CPU (install g++)"
     if target.capability.tier != "tree":
         return f"models that take chains only run row by row: {target.capability.reason}"
-    if len(set(map(str, (getattr(target.model, "hf_device_map", None) or {}).values()))) > 1:
-        return "the model is spread over several devices"
+    if target.placement is not None:
+        return f"the model is {target.placement}"
     return None
 
 

@@ -29,7 +29,8 @@ class Decoder(GenerateSurface):
     """A model that generates faster: the same arguments and return types as its ``generate``.
 
     Args:
-        model: any decoder-only Hugging Face causal LM, in eval mode.
+        model: any decoder-only Hugging Face causal LM, in eval mode; also one of several ranks (``tp_plan``), of which
+            the first decodes for all, or one spread or offloaded by a ``device_map``.
         drafter: a name (``specdec list``) or a ``Drafter``.
         verifier: a name or a ``Verifier``.
         tokenizer: only needed for ``stop_strings``, and to save or load tables.
@@ -91,12 +92,35 @@ class Decoder(GenerateSurface):
     def run(self, state: DecodeState, rules: StopRules, emit: Emit, keep_rows: bool = False) -> None:
         """Decode every row of ``state`` to its end, inside ``target.session()`` with caches open.
 
+        On a model sharded over several ranks the first one decodes, and the others repeat its forwards and get its rows
+        at the end (see ``sharding``).
+
         Args:
             state: rows whose prompts are set.
             rules: when a row stops.
             emit: called with (row, tokens, how many of them were drafted) as tokens are committed.
             keep_rows: leave finished rows in the cache (the caller wants it back).
         """
+        ranks = self.target.ranks
+        if ranks is None:
+            self._decode(state, rules, emit, keep_rows)
+        elif ranks.leads:
+            with ranks.lead():
+                self._decode(state, rules, emit, keep_rows)
+            decoded = [(r.new_tokens.tolist(), r.done, r.recorded_scores, r.recorded_logits) for r in state.rows]
+            ranks.share((self.stats, decoded))
+        else:
+            ranks.follow()
+            self.stats, decoded = ranks.share()
+            for row, (tokens, done, scores, logits) in zip(state.rows, decoded, strict=True):
+                for token in tokens:
+                    row.append(token)
+                row.done = done
+                row.recorded_scores = [x.to(self.target.device) for x in scores]
+                row.recorded_logits = [x.to(self.target.device) for x in logits]
+                emit(row, tokens, 0)
+
+    def _decode(self, state: DecodeState, rules: StopRules, emit: Emit, keep_rows: bool) -> None:
         start = perf_counter()
         clock = Clock(self.target.device)
         everyone = list(state.rows)

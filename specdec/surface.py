@@ -110,6 +110,8 @@ class GenerateSurface:
             self._refuse_lossy()
         if model is not self.model:
             raise UsageError("custom_generate: this Decoder wraps another model; make one with Decoder(model, ...)")
+        if self.target.ranks is not None:
+            self.target.ranks.agree(input_ids, model_kwargs.get("attention_mask"), generation_config)
         _refuse(generation_config, logits_processor, model_kwargs)
         streamer = self._streamer if self._streamer is not None else _callers_streamer()
         if streamer is not None and len(input_ids) > 1:

@@ -22,8 +22,9 @@ from specdec.cache import TreeCache
 from specdec.capability import Capability, detect
 from specdec.compiling import Compilation, Mode, compile_steps
 from specdec.errors import CompatibilityError, UsageError
+from specdec.sharding import Ranks, input_device, mirrored, placement, ranks_of
 from specdec.structure import NOTHING, Head, Needs, ProbeColumns, Tap, Taps, text_config
-from specdec.tree import Proposal
+from specdec.tree import Probes, Proposal
 from specdec.tree_attention.config import MAX_COLUMNS
 from specdec.tree_attention.masks import additive, step_mask
 from specdec.tree_attention.registration import NAMES
@@ -102,9 +103,11 @@ class Target:
         row_ids: the caller's names of the rows in the cache, in order.
         forwards: target forwards run by ``step``, and ``scratch_forwards`` by ``forward``.
         compilation: whether steps are compiled, and why.
+        ranks: the processes that hold the model together (tensor parallelism, see ``sharding``); None: this one alone.
+        placement: where its weights are, in words; None when they are all on one device.
 
     Raises:
-        CompatibilityError: tier "none", or needs that the model cannot meet.
+        CompatibilityError: tier "none", needs that the model cannot meet, or FSDP, ZeRO-3 or pipeline stages.
         UsageError: the model is in training mode.
     """
 
@@ -116,8 +119,10 @@ class Target:
         self.model, self.tokenizer, self.compile_mode = model, tokenizer, compile_mode
         self.config = text_config(model)
         self.vocab_size: int = self.config.vocab_size
-        # the caller's tokens go to the embedding; with a device map it may be elsewhere than model.device
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.ranks: Ranks | None = ranks_of(model)
+        self.number = self.ranks.add(self) if self.ranks is not None else 0
+        self.placement = placement(model, self.ranks)
+        self.device: torch.device = input_device(model)
         self.context: int | None = getattr(self.config, "max_position_embeddings", None)
         self.inputs = inspect.signature(model.forward).parameters  # names the model's forward takes
         self.run: Callable[..., Any] = model  # what usual steps call; see ``compile``
@@ -164,16 +169,19 @@ class Target:
                 f"model: its vocabulary changed from {self.vocab_size} to {self.config.vocab_size} tokens after it was "
                 "wrapped; make a new Decoder"
             )
-        wanted = NAMES[self.attention] if self.uses_kernel else self.attention
-        if wanted != self._own_attention:
-            self.model.set_attn_implementation(wanted)
+        self._attend(NAMES[self.attention] if self.uses_kernel else self.attention)
         try:
             with torch.inference_mode():
                 yield
         finally:
-            if wanted != self._own_attention:
-                self.model.set_attn_implementation(self._own_attention)
-            self.caches = []
+            self._attend(self._own_attention)
+
+    @mirrored
+    def _attend(self, implementation: str) -> None:
+        """Switch the model's attention, with no cache open."""
+        self.caches = []
+        if implementation != self.model.config._attn_implementation:
+            self.model.set_attn_implementation(implementation)
 
     def bind(self, needs: Needs, wishes: Needs = NOTHING) -> None:
         """Install the hooks for ``needs``, replacing earlier ones, and for ``wishes`` if the model can meet them."""
@@ -199,6 +207,7 @@ class Target:
                 self._heads = Head(self.model, torch.arange(3, 11, device=self.device)[None] % self.vocab_size)
         return self._heads
 
+    @mirrored
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 [..., V] of final hidden states [..., d], softcap and scale included."""
         return self.head(hidden)
@@ -215,6 +224,7 @@ class Target:
 
     # ---- cache ----------------------------------------------------------------------------------------------
 
+    @mirrored
     def open(self, row_ids: Sequence[int], capacity: int) -> None:
         """Empty caches for these rows, ``capacity`` columns each at first.
 
@@ -229,6 +239,7 @@ class Target:
     def lengths(self) -> list[int]:
         return [length for cache in self.caches for length in cache.lengths]
 
+    @mirrored
     def align(self, row_ids: Sequence[int]) -> None:
         """Drop the rows not in ``row_ids`` (which are in cache order)."""
         if list(row_ids) == self.row_ids:
@@ -240,6 +251,7 @@ class Target:
             self.caches = [self.caches[i] for i in keep]
         self.row_ids = list(row_ids)
 
+    @mirrored
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget committed columns beyond ``lengths`` per row."""
         for cache, rows in self._groups():
@@ -302,13 +314,14 @@ class Target:
             tokens: per row the committed tokens, int64 [n]; those beyond the cache are pending, root last.
             proposals: per row; None or a tree of None skips the row.
         """
-        parts = [self._step_group(cache, rows, tokens, proposals) for cache, rows in self._groups()]
+        parts = [self._step_group(g, rows, tokens, proposals) for g, (_, rows) in enumerate(self._groups())]
         self.forwards += 1
         return parts[0] if len(parts) == 1 else _merge(parts)
 
     def _step_group(
-        self, cache: TreeCache, rows: list[int], tokens: Sequence[np.ndarray], proposals: Sequence[Proposal | None]
+        self, g: int, rows: list[int], tokens: Sequence[np.ndarray], proposals: Sequence[Proposal | None]
     ) -> StepOutput:
+        cache = self.caches[g]
         asked = [p if p is not None and p.tree is not None else None for p in (proposals[b] for b in rows)]
         mine = [tokens[b] for b in rows]
         pending = [len(t) - n - 1 if p else 0 for t, n, p in zip(mine, cache.lengths, asked, strict=True)]
@@ -318,19 +331,6 @@ class Target:
         columns = self._columns(cache, mine, asked, pending)
         first = columns.pending
         keep = slice(first, first + columns.nodes)
-        probe_start = keep.stop
-        place = [
-            ProbeColumns(
-                i,
-                torch.from_numpy(p.probes.layout.anchor + first).to(self.device),
-                torch.arange(probe_start, probe_start + len(p.probes), device=self.device),
-                p.probes,
-            )
-            for i, p in enumerate(asked)
-            if p is not None and p.probes is not None
-        ]
-        if self._taps is not None:
-            self._taps.start(place)
         base = cache.width
         if columns.block is None:
             lone = asked[0]
@@ -339,10 +339,10 @@ class Target:
             block = lone.tree.topology.mask(self.device)[None]
         else:
             block = torch.from_numpy(columns.block).to(self.device)
-        logits = self._run(cache, torch.from_numpy(columns.ids), torch.from_numpy(columns.positions), block, keep)
-        taps = self._taps.stop() if self._taps is not None else {}
+        ids, positions = torch.from_numpy(columns.ids), torch.from_numpy(columns.positions)
+        logits, taps = self._run(g, ids, positions, block, keep, [p.probes if p else None for p in asked])
         count = len(rows)
-        return StepOutput(logits, taps, [first] * count, pending, nodes, [probe_start] * count, [base])
+        return StepOutput(logits, taps, [first] * count, pending, nodes, [keep.stop] * count, [base])
 
     def _columns(
         self, cache: TreeCache, tokens: list[np.ndarray], asked: list[Proposal | None], pending: list[int]
@@ -387,18 +387,39 @@ class Target:
                 block[b, start:stop, start:stop] = layout.see
         return _Columns(ids, positions, block, width_p, width_n)
 
+    @mirrored
     def _run(
         self,
-        cache: TreeCache,
+        g: int,
         ids: torch.Tensor,
         positions: torch.Tensor,
         block: torch.Tensor,
         keep: slice,
+        probes: Sequence[Probes | None] | None,
         earlier: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Append columns to the cache and return logits [B, keep, V] of columns ``keep``."""
+    ) -> tuple[torch.Tensor, dict[Tap, torch.Tensor]]:
+        """Append columns to cache ``g``; logits [B, keep, V] of columns ``keep``, and what was tapped.
+
+        Args:
+            probes: of each row, behind the columns ``keep``; None leaves the taps off.
+        """
+        cache = self.caches[g]
         ids, positions = ids.to(self.device), positions.to(self.device)
         columns = ids.shape[1]
+        taps = self._taps if probes is not None else None
+        if taps is not None:
+            taps.start(
+                [
+                    ProbeColumns(
+                        i,
+                        torch.from_numpy(p.layout.anchor + keep.start).to(self.device),
+                        torch.arange(keep.stop, keep.stop + len(p), device=self.device),
+                        p,
+                    )
+                    for i, p in enumerate(probes or ())
+                    if p is not None
+                ]
+            )
         inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
         if "position_ids" in self.inputs:
             inputs["position_ids"] = positions
@@ -417,7 +438,7 @@ class Target:
         else:
             logits = run(**inputs).logits[:, keep]
         cache.advance(columns)
-        return logits
+        return logits, taps.stop() if taps is not None else {}
 
     def _is_causal(self, cache: TreeCache, block: torch.Tensor) -> bool:
         """One row with one column, or a text's start as a chain: the model's own mask is right, and cheaper."""
@@ -453,10 +474,14 @@ class Target:
             [*range(root - pending, root + 1), *(root + v for v in path)] if nodes else []
             for root, pending, nodes, path in zip(output.root, output.pending, output.nodes, paths, strict=True)
         ]
-        for (cache, rows), base in zip(self._groups(), output.bases, strict=True):
-            cache.keep(base, [kept[b] for b in rows])
+        self._keep(output.bases, kept)
         output.kept = kept
         return kept
+
+    @mirrored
+    def _keep(self, bases: Sequence[int], kept: Sequence[list[int]]) -> None:
+        for (cache, rows), base in zip(self._groups(), bases, strict=True):
+            cache.keep(base, [kept[b] for b in rows])
 
     # ---- whole texts, for training ------------------------------------------------------------------------------
 
@@ -491,8 +516,12 @@ class Target:
         try:
             yield
         finally:
-            for cache, width in zip(self.caches, widths, strict=True):
-                cache.crop_to(width)
+            self._crop(widths)
+
+    @mirrored
+    def _crop(self, widths: Sequence[int]) -> None:
+        for cache, width in zip(self.caches, widths, strict=True):
+            cache.crop_to(width)
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """A low-level forward in scratch columns, counted apart from target forwards.
@@ -508,10 +537,11 @@ class Target:
         self.scratch_forwards += 1
         parts = []
         everything = slice(0, tokens.shape[1])
-        for g, (cache, rows) in enumerate(self._groups()):
+        for g, (_, rows) in enumerate(self._groups()):
             earlier = self._scratch[g]
             at = positions[rows].to(self.device)
-            parts.append(self._run(cache, tokens[rows], at, visible[rows].to(self.device), everything, earlier))
+            logits, _ = self._run(g, tokens[rows], at, visible[rows].to(self.device), everything, None, earlier)
+            parts.append(logits)
             self._scratch[g] = at if earlier is None else torch.cat([earlier, at], dim=1)
         return torch.cat(parts)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from specdec.contracts import Verdict
 from specdec.drafters.hidden_transfer.module import HiddenTransfer as TransferMaps
-from specdec.errors import UsageError
+from specdec.errors import CompatibilityError, UsageError
 from specdec.heads import Head, HeadDrafter
 from specdec.heads.static import StaticTree, acceptance_table
 from specdec.state import DecodeState, Row
@@ -104,6 +104,10 @@ class HiddenTransfer(HeadDrafter[TransferMaps]):
 
     def bind(self, target: Target) -> None:
         super().bind(target)
+        if self.mode == "two-pass" and target.ranks is not None:
+            raise CompatibilityError(
+                "mode='two-pass' hooks the layers of one rank alone; use mode='one-pass' with a sharded model"
+            )
         K = self.head.depths
         acceptance = [row[: target.vocab_size] for row in acceptance_table(self.head.config.acceptance, K)]
         self._trees = [StaticTree(acceptance[:depth], self.size) for depth in range(K + 1)]  # by greatest depth

@@ -89,6 +89,10 @@ class S2D(DraftModel):
         if not isinstance(model, PreTrainedModel):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=target.model.dtype).to(target.device).eval()
         draft = Target(model)
+        if draft.ranks is not None:
+            raise CompatibilityError(
+                "draft: it is sharded over several ranks, and its layers are run apart; load it without tp_plan"
+            )
         if draft.vocab_size != target.vocab_size and not self.same_tokenizer:
             raise CompatibilityError(
                 f"draft: its vocabulary has {draft.vocab_size} tokens, the target's {target.vocab_size}; use a draft "

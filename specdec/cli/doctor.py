@@ -45,7 +45,7 @@ def doctor(
         else:
             report |= {"tier": target.capability.tier, "reason": target.capability.reason}
             report |= {"tree_attention": "kernel" if target.uses_kernel else target.attention}
-            report |= {"kernel": target.capability.stock or "used"}
+            report |= {"kernel": target.capability.stock or "used", "placement": target.placement or "one device"}
             report |= measure(target, prefix, seconds)
         report["environment"] = environment(loaded, model)
         if json_:
@@ -115,6 +115,7 @@ def _show(report: dict[str, Any]) -> None:
         ("kernel", report.get("kernel", "not used")),
         ("context", report["context"] or "no stated limit"),
         ("device", f"{e['gpu'] or e['cpu']}, {e['torch_threads']} threads"),
+        ("placement", report.get("placement", "not looked at")),
     )
     table = Table(show_header=False, box=None)
     for name, value in facts:

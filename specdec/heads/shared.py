@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.sharding import whole
 from specdec.structure import Head as OutputHead
 from specdec.structure import Tap
 
@@ -57,10 +58,10 @@ class Shared:
     @staticmethod
     def of(model: PreTrainedModel, head: OutputHead) -> Shared:
         """What ``head`` was found to compute on ``model``."""
-        table = model.get_input_embeddings().weight
+        table = whole(model.get_input_embeddings().weight)
         bias = getattr(head.module, "bias", None)
-        output = Output(head.module.weight.detach(), None if bias is None else bias.detach(), head.scale, head.cap)
-        return Shared(lambda ids: torch.nn.functional.embedding(ids, table.detach()), output)
+        output = Output(whole(head.module.weight), None if bias is None else whole(bias), head.scale, head.cap)
+        return Shared(lambda ids: torch.nn.functional.embedding(ids, table), output)
 
 
 @dataclass(frozen=True)
