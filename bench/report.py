@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,8 +16,11 @@ from rich.table import Table
 from specdec.bench.statistics import Record, Row
 from specdec.errors import UsageError
 
-_HEADERS = ("method", "lossless", "speed-up [95 %]", "MAT", "tokens/s", "overhead", "equal", "distinct-4")
-_FOOTNOTE = (
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HEADERS = ("method", "lossless", "speed-up [95 %]", "MAT", "tokens/s", "overhead", "equal", "distinct-4")
+FOOTNOTE = (
     "speed-up: tokens/s over hf-generate's, total tokens over total time on the same prompts; interval: bootstrap "
     "over prompts. MAT: tokens per target forward, bonus included. overhead: share of time outside the target's "
     "forward. equal: prompts whose ids are hf-generate's (greedy only). distinct-4: different 4-grams over 4-grams; "
@@ -70,7 +74,7 @@ def cells(row: Row) -> tuple[str, ...]:
 def cautions(rows: Sequence[Row], reference: str, dtype: str) -> list[str]:
     """What a reader of the table must know: looping text, which is easy to draft, and lossless rows that differ."""
     loops = [
-        f"{'greedy' if row.temperature == 0 else f'temperature {row.temperature:g}'}: the model's own text repeats "
+        f"{how(row.temperature)}: the model's own text repeats "
         f"itself (distinct-4 {row.distinct4:.2f}), which flatters every speed-up in this table"
         for row in rows
         if row.name == reference and row.distinct4 is not None and row.distinct4 < 0.5
@@ -88,7 +92,7 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _titles(report: Report) -> list[tuple[str, list[Row]]]:
+def titles(report: Report) -> list[tuple[str, list[Row]]]:
     """A heading and the rows of every temperature."""
     temperatures = list(dict.fromkeys(row.temperature for row in report.rows))
     cut = ", cut off: partial" if report.partial else ""
@@ -96,25 +100,25 @@ def _titles(report: Report) -> list[tuple[str, list[Row]]]:
     titles = []
     for t in temperatures:
         rows = [row for row in report.rows if row.temperature == t]
-        what = f"{s['model']}, {'greedy' if t == 0 else f'temperature {t:g}'}, {rows[0].prompts} prompts"
-        how = ", warm" * (s["state"] == "warm") + ", compiled steps" * (s["compile"] != "off")
-        titles.append((f"{what}, up to {s['max_new_tokens']} tokens, batch {s['batch_size']}{how}{cut}", rows))
+        what = f"{s['model']}, {how(t)}, {rows[0].prompts} prompts"
+        state = ", warm" * (s["state"] == "warm") + ", compiled steps" * (s.get("compile", "off") != "off")
+        titles.append((f"{what}, up to {s['max_new_tokens']} tokens, batch {s['batch_size']}{state}{cut}", rows))
     return titles
 
 
 def show(report: Report, console: Console) -> None:
     """Tables, footnote and notes."""
-    for title, rows in _titles(report):
+    for title, rows in titles(report):
         console.print(f"\n{title}", highlight=False, markup=False)
         table = Table()
-        for i, header in enumerate(_HEADERS):
+        for i, header in enumerate(HEADERS):
             table.add_column(header, justify="left" if i < 2 else "right", no_wrap=True)
         best = max((row.speedup for row in rows if row.lossless), default=None)
         for row in rows:
             table.add_row(*cells(row), style="bold" if row.speedup == best else None)
         console.print(table)
     if report.rows:
-        console.print(_FOOTNOTE, style="dim", highlight=False)
+        console.print(FOOTNOTE, style="dim", highlight=False)
     else:
         console.print("no prompt was finished by every method, so there is no table", highlight=False)
     for note in report.notes:
@@ -124,10 +128,10 @@ def show(report: Report, console: Console) -> None:
 def markdown(report: Report) -> str:
     """The tables as Markdown, with where and how they were measured."""
     lines: list[str] = []
-    for title, rows in _titles(report):
-        lines += [f"**{title}**", "", _line(_HEADERS), _line(["---", "---", *["---:"] * (len(_HEADERS) - 2)])]
+    for title, rows in titles(report):
+        lines += [f"**{title}**", "", _line(HEADERS), _line(["---", "---", *["---:"] * (len(HEADERS) - 2)])]
         lines += [*(_line(cells(row)) for row in rows), ""]
-    lines += [_FOOTNOTE, ""]
+    lines += [FOOTNOTE, ""]
     e = report.environment
     versions = ", ".join(f"{name} {number}" for name, number in e["packages"].items() if number)
     lines += [f"{e['gpu'] or e['cpu']}, {e['torch_threads']} threads, {e['dtype']}, {versions}; {e['date']}.", ""]
@@ -140,35 +144,59 @@ def _line(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
-def plot(report: Report, file: Path) -> None:
-    """Speed-ups with their intervals as bars, one colour per temperature, as PNG."""
-    import matplotlib
+Interval = tuple[float, float] | None
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    groups = _titles(report)
-    names = list(dict.fromkeys(row.name for row in report.rows))
-    height = 0.8 / len(groups)
-    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.35 * len(names) * len(groups)), layout="constrained")
-    for i, (_, rows) in enumerate(groups):
-        at = [names.index(row.name) + (i - (len(groups) - 1) / 2) * height for row in rows]
-        speeds = [row.speedup for row in rows]
-        lows, highs = zip(*(row.speedup_ci or (row.speedup, row.speedup) for row in rows), strict=True)
-        error = [[max(v - low, 0.0) for v, low in zip(speeds, lows, strict=True)]]
-        error += [[max(high - v, 0.0) for v, high in zip(speeds, highs, strict=True)]]
-        t = rows[0].temperature
-        axes.barh(at, speeds, height * 0.9, xerr=error, capsize=2, label="greedy" if t == 0 else f"temperature {t:g}")
+def bars(series: dict[str, dict[str, tuple[float, Interval]]], label: str, title: str) -> Figure:
+    """Values with their intervals as lying bars, and a line at 1.
+
+    Args:
+        series: name of a colour -> name of a bar -> value and interval.
+        label: of the axis of values.
+        title: above it.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for values in series.values() for name in values))
+    thick = 0.8 / len(series)
+    figure = Figure(figsize=(7, 0.9 + (0.1 + 0.25 * len(series)) * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for i, (colour, values) in enumerate(series.items()):
+        at = [names.index(name) + (i - (len(series) - 1) / 2) * thick for name in values]
+        middle = [value for value, _ in values.values()]
+        # a bootstrap interval need not hold the estimate
+        below = [max(value - interval[0], 0.0) if interval else 0.0 for value, interval in values.values()]
+        above = [max(interval[1] - value, 0.0) if interval else 0.0 for value, interval in values.values()]
+        axes.barh(at, middle, thick * 0.9, xerr=[below, above], capsize=2, error_kw={"elinewidth": 0.8}, label=colour)
     axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("speed-up over hf-generate, 95 % interval over prompts")
-    axes.set_title(f"{report.settings['model']}, {report.environment['gpu'] or report.environment['cpu']}", fontsize=9)
-    axes.legend(fontsize=8)
-    part = _part(file)
-    figure.savefig(part, dpi=150, format="png")
-    plt.close(figure)
-    os.replace(part, file)
+    axes.set_xlabel(label)
+    axes.set_title(title, fontsize=9)
+    if len(series) > 1:
+        axes.legend(fontsize=8)
+    return figure
+
+
+def speedups(report: Report) -> Figure:
+    """Speed-ups with their intervals, one colour per temperature."""
+    series = {how(rows[0].temperature): {r.name: (r.speedup, r.speedup_ci) for r in rows} for _, rows in titles(report)}
+    machine = report.environment["gpu"] or report.environment["cpu"]
+    title = f"{report.settings['model']}, {machine}"
+    if len(series) == 1:
+        title += f", {next(iter(series))}"
+    return bars(series, "speed-up over hf-generate, 95 % interval over prompts", title)
+
+
+def how(temperature: float) -> str:
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
+def plot(report: Report, file: Path) -> None:
+    """``speedups`` as PNG."""
+    drawn = BytesIO()
+    speedups(report).savefig(drawn, dpi=150, format="png")
+    replace_bytes(file, drawn.getvalue())
 
 
 def prepare_folder(folder: Path) -> None:
@@ -204,11 +232,13 @@ def write(report: Report, records: Sequence[Record], folder: Path) -> list[str]:
     return []
 
 
-def _part(file: Path) -> Path:
-    return file.with_name(f".{file.name}.part")
-
-
 def replace_text(file: Path, text: str) -> None:
-    part = _part(file)
-    part.write_text(text, encoding="utf-8")
+    """Whole or not at all."""
+    replace_bytes(file, text.encode())
+
+
+def replace_bytes(file: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_bytes(content)
     os.replace(part, file)

@@ -13,8 +13,8 @@ Of several repeats, the one of median speed stands for the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ class Record:
         forwards: target forwards that emitted, summed over rows.
         forward_seconds: wall time inside the target's forward; None where it cannot be told.
         ids: generated ids per prompt, up to and including the end token.
+        accepted: drafted tokens that each of these forwards accepted; None for methods that do not tell.
+        phases: wall time by phase of the loop (``specdec.stats.PHASES``); None likewise.
     """
 
     arm: str
@@ -45,6 +47,14 @@ class Record:
     forwards: int
     forward_seconds: float | None
     ids: list[list[int]]
+    accepted: list[int] | None = None
+    phases: dict[str, float] | None = None
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Record:
+        """A line of records.jsonl; older ones lack the last fields."""
+        known = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
+        return cls(**{**known, "prompts": tuple(entry["prompts"])})
 
     @property
     def tokens(self) -> int:
@@ -136,17 +146,19 @@ def summarise(
     """
     rows = []
     for temperature in dict.fromkeys(r.temperature for r in records):
-        calls: dict[tuple[str, int], list[Record]] = {}
-        for r in records:
-            if r.temperature == temperature:
-                calls.setdefault((r.arm, r.group), []).append(r)
-        groups = sorted({g for _, g in calls if all(len(calls.get((a, g), ())) == repeats for a in lossless)})
-        if groups:
-            for arm in lossless:
-                mine = [calls[arm, g] for g in groups]
-                theirs = [calls[reference, g] for g in groups]
-                rows.append(_row(arm, temperature, lossless[arm], states[arm], mine, theirs))
+        calls = finished([r for r in records if r.temperature == temperature], lossless, repeats)
+        for arm in lossless if calls[reference] else ():
+            rows.append(_row(arm, temperature, lossless[arm], states[arm], calls[arm], calls[reference]))
     return rows
+
+
+def finished(records: Sequence[Record], arms: Collection[str], repeats: int) -> dict[str, list[list[Record]]]:
+    """Per arm, the repeats of every group that all arms have finished, by group; of records of one temperature."""
+    calls: dict[tuple[str, int], list[Record]] = {}
+    for r in records:
+        calls.setdefault((r.arm, r.group), []).append(r)
+    groups = sorted({g for _, g in calls if all(len(calls.get((a, g), ())) == repeats for a in arms)})
+    return {arm: [calls[arm, g] for g in groups] for arm in arms}
 
 
 def _row(

@@ -30,6 +30,7 @@ from specdec.cli.grow import grow
 from specdec.cli.listing import list_methods
 from specdec.cli.pareto import pareto
 from specdec.cli.recipe import recipe
+from specdec.cli.report import report
 from specdec.cli.spec_bench import spec_bench_app
 from specdec.cli.table import table_app
 from specdec.cli.train import train_app
@@ -72,6 +73,7 @@ app.command("bench-online")(bench_online)
 app.command("verify")(verify)
 app.command("tune")(tune)
 app.command("pareto")(pareto)
+app.command("report")(report)
 app.command("distill")(distill)
 app.command("export")(export)
 app.command("grow")(grow)
