@@ -204,7 +204,7 @@ def greedy(
             at = next(i for i, (a, b) in enumerate(zip_longest(plain, got)) if a != b)
             gap: float | None = None  # one of them ends there
             if at < min(len(plain), len(got)):
-                logits = _continuation_logits(model, prompt, plain[: at + 1])[-1]
+                logits = continuation_logits(model, prompt, plain[: at + 1])[-1]
                 gap = float((logits[plain[at]] - logits[got[at]]).abs())
             differences.append((place, at, gap))
     bad = [d for d in differences if d[2] is None or d[2] > limit]
@@ -248,13 +248,13 @@ def near_ties(
     for done, prompt in enumerate(ids):
         progress(done, len(ids), "near ties")
         (text,) = _texts(decoder, [prompt], max_new_tokens)
-        logits = _continuation_logits(model, prompt, text)
+        logits = continuation_logits(model, prompt, text)
         tokens += len(text)
         gaps += (mine := _gaps(logits, text))[mine > 0].tolist()
         (plain,) = _texts(model, [prompt], max_new_tokens)
-        own += int((_gaps(_continuation_logits(model, prompt, plain), plain) > 0).sum())
+        own += int((_gaps(continuation_logits(model, prompt, plain), plain) > 0).sum())
         if exact is not None and exact is not decoder:
-            precise = _continuation_logits(exact.model, prompt, text)
+            precise = continuation_logits(exact.model, prompt, text)
             exact_gaps += (mine := _gaps(precise, text))[mine > 0].tolist()
             spread = max(spread, _distance(logits, precise))
     kind = str(model.dtype).removeprefix("torch.")
@@ -280,7 +280,7 @@ def near_ties(
     return Section("near ties", _status(passed), finding, figures)
 
 
-def _continuation_logits(model: PreTrainedModel, prompt: Sequence[int], text: Sequence[int]) -> torch.Tensor:
+def continuation_logits(model: PreTrainedModel, prompt: Sequence[int], text: Sequence[int]) -> torch.Tensor:
     """float32 [n, V]: what the plain model says before each token of ``text``."""
     ids = torch.tensor([[*prompt, *text[:-1]]], device=model.get_input_embeddings().weight.device)
     return _last_logits(model, ids, len(text))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from specdec.bench.arms import Arm, Settings
 from specdec.bench.statistics import Record
+from specdec.processes import ALONE, Process
 
 Progress = Callable[[int, int, str], None]  # calls done, calls in all, what has just been done
 
@@ -36,10 +37,15 @@ class Run:
 
 
 class ForwardMeter:
-    """Counts the target's forwards and, on a CPU, their time. Its hooks cost every arm the same microseconds."""
+    """Counts the target's forwards and, on a CPU, their time. Its hooks cost every arm the same microseconds.
+
+    Forwards of fewer layers are drafts of its own first layers, and do not count.
+    """
 
     def __init__(self, model: PreTrainedModel):
         self._device = model.device
+        self._config = model.config.get_text_config(decoder=True)
+        self._layers = getattr(self._config, "num_hidden_layers", None)
         self._handles = [
             model.register_forward_pre_hook(self._enter),
             model.register_forward_hook(self._leave),
@@ -58,6 +64,8 @@ class ForwardMeter:
         self._start = perf_counter()
 
     def _leave(self, *_: Any) -> None:
+        if getattr(self._config, "num_hidden_layers", None) != self._layers:
+            return
         self.count += 1
         self._seconds += perf_counter() - self._start
 
@@ -129,16 +137,21 @@ class Harness:
         settings: Sequence[Settings],
         repeats: int = 1,
         progress: Progress | None = None,
+        process: Process = ALONE,
     ) -> Run:
         """Time every arm on every group under every setting; arms must be warmed up.
 
-        An interrupt or an error ends the run; what was measured until then is returned with it.
+        An interrupt or an error ends the run; what was measured until then is returned with it. ``process`` measures
+        only its share of the groups, with the orders and seeds that they have in one process.
         """
         run = Run()
-        total = len(arms) * len(groups) * len(settings) * repeats
+        mine = range(len(groups))[process.rank :: process.count]
+        total = len(arms) * len(mine) * len(settings) * repeats
         try:
             with self._meter() as meter:
                 for setting, number, repeat, arm in self._order(arms, groups, settings, repeats):
+                    if number not in mine:
+                        continue
                     run.records.append(self._time(meter, arm, groups[number], setting, number, repeat))
                     if progress is not None:
                         progress(len(run.records), total, f"temperature {setting.temperature:g}, {arm.name}")
@@ -177,8 +190,12 @@ class Harness:
             inside: float | None = arm.stats.seconds_by_phase()["forward"]
         else:
             # rows of a batch that have ended ride along in forwards that emit nothing for them
-            forwards, inside = min(meter.count * len(ids), sum(map(len, ids))), meter.seconds
-        return Record(arm.name, settings.temperature, number, group.prompts, repeat, seconds, forwards, inside, ids)
+            forwards = min(meter.count * len(ids), sum(map(len, ids)))
+            inside = meter.seconds if meter.count else None  # a server's are not seen
+        accepted = [n for step in arm.stats.steps for n in step.accepted] if arm.stats is not None else None
+        phases = arm.stats.seconds_by_phase() if arm.stats is not None else None
+        timed = (arm.name, settings.temperature, number, group.prompts, repeat, seconds, forwards, inside, ids)
+        return Record(*timed, accepted, phases)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

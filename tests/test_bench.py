@@ -241,7 +241,8 @@ def test_groups_are_left_padded():
 
 def test_every_baseline_and_decoder_gives_the_same_greedy_ids_and_hf_generate_is_the_unit(model):
     draft = tiny_llama(seed=1)
-    arms = [*(baseline(n, model, draft) for n in BASELINES), DecoderArm("none", Decoder(model, "none"))]
+    names = [n for n in BASELINES if n != "hf-generate-compiled"]  # that one takes its time, below
+    arms = [*(baseline(n, model, draft) for n in names), DecoderArm("none", Decoder(model, "none"))]
     groups = grouped(["a", "b"], [[3, 4, 5, 3, 4, 5], [6, 7]], 1)
     run = Harness(model).run(arms, groups, [Settings(12, 0.0)])
     assert run.failure is None
@@ -252,6 +253,41 @@ def test_every_baseline_and_decoder_gives_the_same_greedy_ids_and_hf_generate_is
     assert rows["none", 0.0].mat == 1.0
     assert rows["hf-assisted", 0.0].mat >= 1.0
     assert all(0 < row.overhead < 1 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_a_compiled_baseline_gives_the_same_ids_and_compiles_in_the_warm_up_alone(model):
+    groups = grouped(["a", "b", "c"], [[3, 4, 5, 3, 4, 5], [6, 7], [8]], 2)
+    arms = [baseline("hf-generate", model), baseline("hf-generate-compiled", model, longest=18)]
+    harness, compiled = Harness(model), arms[1]
+    for group in groups:  # two rows and one
+        harness.warm_up(compiled, group, Settings(12, 0.0))
+    graphs = compiled.graphs
+    assert graphs > 0
+    run = harness.run(arms, groups, [Settings(12, 0.0)])
+    assert run.failure is None
+    assert compiled.graphs == graphs
+    rows = rows_of(run.records)
+    assert rows["hf-generate-compiled", 0.0].equal
+    assert rows["hf-generate-compiled", 0.0].mat == 1.0  # its forwards are seen
+    assert "forward" not in model.__dict__
+
+
+def test_drafts_of_the_models_own_first_layers_are_no_forwards_of_the_target(model):
+    arm, meter = baseline("hf-early-exit", model), ForwardMeter(model)
+    ids = torch.tensor([[3, 4, 5]])
+    arm.generate(ids, torch.ones_like(ids), Settings(6, 0.0))
+    assert meter.count <= 6
+    meter.close()
+
+
+def test_an_error_while_the_first_layers_draft_leaves_the_model_whole(model, monkeypatch):
+    layers = model.config.num_hidden_layers
+    monkeypatch.setattr(type(model.lm_head), "forward", lambda *_: 1 / (model.config.num_hidden_layers - 1))
+    ids = torch.tensor([[3, 4, 5]])
+    with pytest.raises(ZeroDivisionError):  # in the draft of one layer
+        baseline("hf-early-exit", model).generate(ids, torch.ones_like(ids), Settings(6, 0.0))
+    assert model.config.num_hidden_layers == layers
 
 
 def test_a_batch_counts_only_its_own_tokens(model):

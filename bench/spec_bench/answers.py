@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -27,6 +27,7 @@ from specdec.bench.report import replace_text
 from specdec.bench.spec_bench.questions import json_lines
 from specdec.errors import UsageError
 
+RECOMPILED = "graphs were compiled while it was timed"
 ERROR = "ERROR"  # what the original writes in place of a text that could not be made
 
 
@@ -91,8 +92,11 @@ class Detail:
         limits: most new tokens that the context allowed.
         cut: tokens taken out of the middle of the prompt.
         forward_seconds: time in the target's forward; None where it cannot be told.
-        compilation: what came of ``compile``; "" for methods that are not ours.
+        compilation: what came of ``compile``; for hf-generate-compiled, whether it compiled again; else "".
         retokenised: the ids were made from a server's text.
+        step_seconds: for each target forward that emitted, the time since the one before; for the first, since the
+            call, which is the time to the first token. None for methods that do not tell; older runs have no list.
+        remarks: what a server's row must say.
     """
 
     question_id: int
@@ -107,6 +111,8 @@ class Detail:
     forward_seconds: list[float | None]
     compilation: str
     retokenised: bool
+    step_seconds: list[list[float] | None] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def line(self) -> str:
         return json.dumps(asdict(self), allow_nan=False) + "\n"

@@ -15,6 +15,8 @@ Ours (``Ours``), from token ids up to and including the end token:
     overhead   share of time outside the target's forward
     equal      questions whose ids, in every turn and run, are the baseline's (greedy only)
     distinct-4 different 4-grams over 4-grams of a turn's ids, mean over turns
+
+and per step, of methods that tell (``Steps``), over all turns and runs.
 """
 
 from __future__ import annotations
@@ -92,6 +94,22 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """When a method's tokens come.
+
+    Attributes:
+        first: median time to the first token in seconds, prompt and set-up included.
+        median, high: of the times between later emissions in seconds, median and 95th percentile; None without any.
+        tokens_per_second: after the first emission; None likewise.
+    """
+
+    first: float
+    median: float | None
+    high: float | None
+    tokens_per_second: float | None
 
 
 @dataclass
@@ -206,6 +224,28 @@ def divergences(methods: Sequence[Method], baseline: Method, questions: Sequence
                     if at is not None:
                         found.append(Divergence(method.name, q, run + 1, at[0] + 1, at[1]))
     return found
+
+
+def steps(method: Method, questions: Sequence[int]) -> Steps | None:
+    """None for methods that do not tell their steps."""
+    firsts: list[float] = []
+    later: list[float] = []
+    tokens = 0
+    for answers, details in zip(method.answers, method.details, strict=True):
+        for q in questions:
+            lengths = iter(answers[q].accept_lengths)
+            for times in details[q].step_seconds:
+                if times is None:
+                    return None
+                firsts += times[:1]
+                later += times[1:]
+                tokens += sum([next(lengths) for _ in times][1:])
+    if not firsts:
+        return None
+    if not later:
+        return Steps(float(np.median(firsts)), None, None, None)
+    middle, high = np.quantile(later, [0.5, 0.95])
+    return Steps(float(np.median(firsts)), float(middle), float(high), tokens / sum(later))
 
 
 def _first_token(mine: Sequence[list[int]], theirs: Sequence[list[int]]) -> tuple[int, int | None] | None:

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 
 from specdec import zoo
 from specdec.bench.arms import Arm, Settings
-from specdec.bench.baselines import HFArm
+from specdec.bench.baselines import CompiledArm, HFArm
 from specdec.bench.harness import ForwardMeter, Group, Harness, end_tokens, generated
 from specdec.bench.servers import ServerArm
-from specdec.bench.spec_bench.answers import Answer, Detail, RunFolder
+from specdec.bench.spec_bench.answers import RECOMPILED, Answer, Detail, RunFolder
 from specdec.bench.spec_bench.questions import Question
 from specdec.errors import UsageError, first_line
 from specdec.stats import GenerationStats
@@ -97,6 +97,24 @@ def accepted_lengths(stats: GenerationStats) -> list[int]:
     return lengths
 
 
+def step_seconds(stats: GenerationStats, wall: float) -> list[float]:
+    """Time of each entry of ``accepted_lengths``: the first since the call, the others since the one before.
+
+    What ``generate`` does around the loop, nearly all of it before, counts with the first.
+
+    Args:
+        stats: of a request of one row.
+        wall: seconds of the whole call.
+    """
+    seconds, waiting = [], wall - stats.seconds
+    for step in stats.steps:
+        waiting += sum(step.seconds.values())
+        if step.emitted:
+            seconds.append(waiting)
+            waiting = 0.0
+    return seconds
+
+
 @contextmanager
 def stopwatch(device: torch.device) -> Iterator[list[float]]:
     """Appends the wall time of its block, everything the device was given included."""
@@ -140,6 +158,7 @@ class _Turn:
         forwards: of the target, that emitted; 0 if not known.
         lengths: tokens of each of them; None if not known.
         forward_seconds: time inside them; None if not known.
+        step_seconds: of each of them, see ``Detail``; None if not known.
     """
 
     prompt_tokens: int
@@ -150,6 +169,7 @@ class _Turn:
     forwards: int
     lengths: list[int] | None
     forward_seconds: float | None
+    step_seconds: list[float] | None = None
 
 
 class Asker:
@@ -182,11 +202,19 @@ class Asker:
         said = prompt_ids(self.tokenizer, self.rules.template, question.turns, [""] * (len(question.turns) - 1))
         return len(said) + self.rules.max_new_tokens <= self.context
 
+    def longest(self, questions: Sequence[Question]) -> int:
+        """Most tokens that a conversation can come to, the last answer included."""
+        rules, most = self.rules, 0
+        for q in questions:
+            said = prompt_ids(self.tokenizer, rules.template, q.turns, [""] * (len(q.turns) - 1))
+            most = max(most, len(said) + len(q.turns) * rules.max_new_tokens)
+        return most if self.context is None else min(most, self.context)
+
     def warm_up(self, arm: Arm, questions: Sequence[Question]) -> None:
         """Untimed passes as long as the shortest, the median and the longest first turn; nothing learned is kept."""
         text = "\n".join(prompt.prompt for prompt in zoo.prompts())
         ids = prompt_ids(self.tokenizer, "none", [text], [])
-        lengths = sorted(len(self._prompt(q.turns[:1], [])[0]) for q in questions)
+        lengths = sorted(len(self.prompt(q.turns[:1], [])[0]) for q in questions)
         harness = Harness(self.model)
         for i in range(WARM_UPS):
             length = lengths[i * (len(lengths) - 1) // (WARM_UPS - 1)]
@@ -199,12 +227,16 @@ class Asker:
         texts: list[str] = []
         turns: list[_Turn] = []
         arm.reset()
+        graphs = arm.graphs if isinstance(arm, CompiledArm) else 0
         torch.manual_seed(zlib.crc32(f"{self.rules.seed} {run} {question.id}".encode()))
         for number in range(len(question.turns)):
-            turn = self._turn(meter, arm, *self._prompt(question.turns[: number + 1], texts))
+            turn = self._turn(meter, arm, *self.prompt(question.turns[: number + 1], texts))
             texts.append(self.tokenizer.decode(turn.ids, skip_special_tokens=True).strip())
             turns.append(turn)
         lengths = [turn.lengths for turn in turns]
+        compilation = arm.stats.compilation if arm.stats is not None else ""
+        if isinstance(arm, CompiledArm) and arm.graphs > graphs:
+            compilation = RECOMPILED
         key = uuid.uuid4().hex
         answer = Answer(
             question_id=question.id,
@@ -230,12 +262,14 @@ class Asker:
             limits=[turn.limit for turn in turns],
             cut=[turn.cut for turn in turns],
             forward_seconds=[turn.forward_seconds for turn in turns],
-            compilation=arm.stats.compilation if arm.stats is not None else "",
+            compilation=compilation,
             retokenised=isinstance(arm, ServerArm),
+            step_seconds=[turn.step_seconds for turn in turns],
+            remarks=arm.remarks() if isinstance(arm, ServerArm) else [],
         )
         return answer, detail
 
-    def _prompt(self, turns: Sequence[str], answers: Sequence[str]) -> tuple[list[int], int]:
+    def prompt(self, turns: Sequence[str], answers: Sequence[str]) -> tuple[list[int], int]:
         """Tokens of a turn's prompt, and how many were taken out of its middle."""
         ids = prompt_ids(self.tokenizer, self.rules.template, turns, answers)
         if not ids:
@@ -261,8 +295,10 @@ class Asker:
         call = partial(_Turn, len(prompt), cut, limit, ids, clock[0])
         if arm.stats is not None:
             lengths = accepted_lengths(arm.stats)
-            return call(len(lengths), lengths, arm.stats.seconds_by_phase()["forward"])
-        one_each = [1] * len(ids) if isinstance(arm, HFArm) and not arm.extra else None
+            steps = step_seconds(arm.stats, clock[0])
+            return call(len(lengths), lengths, arm.stats.seconds_by_phase()["forward"], steps)
+        plain = isinstance(arm, CompiledArm) or (isinstance(arm, HFArm) and not arm.extra)
+        one_each = [1] * len(ids) if plain else None
         return call(meter.count, one_each, meter.seconds if meter.count else None)
 
 

@@ -13,20 +13,24 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.bench.arms import STATES
+from specdec.bench.baselines import REFERENCE
 from specdec.bench.report import replace_text
-from specdec.bench.spec_bench.answers import RunFolder, read_answers
+from specdec.bench.spec_bench.answers import RECOMPILED, RunFolder, read_answers
 from specdec.bench.spec_bench.metrics import (
     Divergence,
     Method,
     Row,
+    Steps,
     accepted_by_position,
     comparable,
     divergences,
     reported,
     retokenised,
     rows,
+    steps,
 )
 from specdec.bench.spec_bench.questions import OVERALL, SUBTASKS, subtask
+from specdec.bench.spec_bench.ties import Gaps, read_gaps
 from specdec.errors import UsageError
 
 PROTOCOL_NOTE = (
@@ -41,6 +45,11 @@ OURS_NOTE = (
     "text scores low."
 )
 POSITIONS_NOTE = "share of target forwards that accepted at least so many drafted tokens"
+STEPS_NOTE = (
+    "milliseconds, over all turns: median time to the first token, prompt and set-up included; median and 95th "
+    "percentile of the times between later steps. tokens/s: after the first step. Only methods of ours tell: on a GPU "
+    "a streamer would slow transformers' own, as it waits for every token, and servers are not asked to stream."
+)
 TableOf = tuple[str, list[str], list[list[str]], str]  # title, headers, cells, footnote
 
 MOST_POSITIONS, MOST_DIVERGENCES = 8, 10  # in tables; the JSON has all
@@ -57,6 +66,8 @@ class Report:
         divergences: where texts leave the baseline's.
         states: method -> what learning drafters knew.
         accepted: method -> shares by position, all questions.
+        steps: method -> when its tokens come, of methods that tell.
+        gaps: of logits where lossless texts leave the baseline's; None if they were not measured.
         counted: how the protocol's baseline tokens were counted, in words.
         settings, sessions: of a run's folder.
         notes: what a reader must know.
@@ -69,6 +80,8 @@ class Report:
     states: dict[str, str | None]
     accepted: dict[str, list[float]]
     counted: str
+    steps: dict[str, Steps] = field(default_factory=dict)
+    gaps: Gaps | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     sessions: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -81,7 +94,9 @@ class Report:
             "ours": self._note(OURS_NOTE),
             "rows": [row.to_json() for row in self.rows],
             "accepted_by_position": self.accepted,
+            "steps": {name: asdict(found) for name, found in self.steps.items()},
             "divergences": [asdict(d) for d in self.divergences],
+            "gaps": asdict(self.gaps) if self.gaps else None,
             "states": self.states,
             "settings": self.settings,
             "sessions": self.sessions,
@@ -95,6 +110,8 @@ class Report:
             tables.append(self._our_table())
         if any(self.accepted.values()):
             tables.append(self._positions_table())
+        if self.steps:
+            tables.append(self._steps_table())
         return tables
 
     def _protocol_table(self) -> TableOf:
@@ -128,6 +145,13 @@ class Report:
                 lines.append([self._label(name), *(f"{share:.0%}" for share in cells)])
         headers = ["method", *(f">= {k}" for k in range(1, depth + 1))]
         return "Acceptance by position", headers, lines, POSITIONS_NOTE
+
+    def _steps_table(self) -> TableOf:
+        lines = []
+        for name, s in self.steps.items():
+            times = [None if t is None else 1000 * t for t in (s.first, s.median, s.high)]
+            lines.append([self._label(name), *(_number(t, ".1f") for t in times), _number(s.tokens_per_second, ".1f")])
+        return "Steps", ["method", "first token", "step", "95 %", "tokens/s"], lines, STEPS_NOTE
 
     def _heads(self) -> list[str]:
         return ["method", *(SUBTASKS.get(s, s) for s in dict.fromkeys(row.subtask for row in self.rows))]
@@ -184,6 +208,8 @@ def from_folder(folder: RunFolder, baseline: str, tokenizer: Any) -> Report:
         divergences=divergences(methods, base, questions) if greedy else [],
         states={m.name: m.details[0][questions[0]].state for m in methods},
         accepted=_accepted(methods, questions),
+        steps={m.name: told for m in methods if (told := steps(m, questions))},
+        gaps=read_gaps(folder) if baseline == REFERENCE else None,
         counted="tokenised again, less one for BOS",
         settings=settings,
         sessions=[sessions[number] for number in sorted(taught)],
@@ -345,7 +371,11 @@ def _run_notes(
     lossy = [m.name for m in methods if not m.details[0][questions[0]].lossless and not _remote(m)]
     notes += [f"{name} is lossy: its text need not be the target's" for name in lossy]
     remote = [m.name for m in methods if _remote(m)]
-    notes += [f"{name} is a server: HTTP is inside its time, its tokens are its text tokenised here" for name in remote]
+    for m in methods:
+        made = [(a.tstamp, d[q].remarks) for run, d in zip(m.answers, m.details, strict=True) for q, a in run.items()]
+        notes += max(made)[1]  # they grow with every answer
+        again = sum(d.compilation == RECOMPILED for run in m.details for d in run.values())
+        notes += [f"{m.name}: {RECOMPILED}, at {again} questions"] if again else []
     for row in report.rows:
         if row.method == base.name and row.ours and row.ours.distinct4 is not None and row.ours.distinct4 < 0.5:
             notes.append(
@@ -358,10 +388,22 @@ def _run_notes(
         share = row.ours.equal_share if row.ours else None
         if row.subtask == OVERALL and row.method in differ and share is not None and share < 1:
             notes.append(
-                f"{row.method} is lossless, yet {1 - share:.0%} of its answers differ from {base.name}'s: near ties of "
-                f"logits fall either way in {dtype}, anything else is a bug"
+                f"{row.method} is lossless, yet {1 - share:.0%} of its answers differ from {base.name}'s: "
+                + _verdict(row.method, report.gaps, dtype)
             )
     return notes
+
+
+def _verdict(method: str, gaps: Gaps | None, dtype: str) -> str:
+    """Near ties or a bug, as far as it is known."""
+    mine = [gap.gap for gap in gaps.found if gap.method == method] if gaps else []
+    if not gaps or gaps.allowed is None or not mine:
+        return f"near ties of logits fall either way in {dtype}, anything else is a bug"
+    known = [gap for gap in mine if gap is not None]
+    bad = sum(gap > gaps.allowed for gap in known) + len(mine) - len(known)
+    said = f"of {len(mine)} first differences {len(mine) - bad} are near ties of logits in {gaps.dtype} (largest gap "
+    said += f"{max(known, default=0.0):.1e}, the model's own noise allows {gaps.allowed:.1e})"
+    return said + (f", {bad} are more than that: a bug" if bad else "")
 
 
 def _remote(method: Method) -> bool:
@@ -400,13 +442,18 @@ def markdown(report: Report) -> str:
     if report.divergences:
         lines += [f"**Where texts leave {report.baseline}'s**", ""]
         cells = []
+        measured = report.gaps.found if report.gaps else []
+        gaps = {(gap.method, gap.question, gap.run, gap.turn): gap.gap for gap in measured}
         for name in dict.fromkeys(d.method for d in report.divergences):
             mine = [d for d in report.divergences if d.method == name]
             for d in mine[:MOST_DIVERGENCES]:
-                cells.append([name, str(d.question), str(d.run), str(d.turn), "-" if d.index is None else str(d.index)])
+                index = "-" if d.index is None else str(d.index)
+                gap = _number(gaps.get((name, d.question, d.run, d.turn)), ".1e")
+                cells.append([name, str(d.question), str(d.run), str(d.turn), index, gap])
             if len(mine) > MOST_DIVERGENCES:
-                cells.append([name, f"{len(mine) - MOST_DIVERGENCES} more", "", "", ""])
-        lines += [*_table(["method", "question", "run", "turn", "first token that differs"], cells), ""]
+                cells.append([name, f"{len(mine) - MOST_DIVERGENCES} more", "", "", "", ""])
+        heads = ["method", "question", "run", "turn", "first token that differs", "gap of the two logits"]
+        lines += [*_table(heads, cells), ""]
     if report.sessions:
         e = report.sessions[0]
         versions = ", ".join(f"{name} {number}" for name, number in e["packages"].items() if number)

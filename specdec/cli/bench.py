@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from specdec.cli import against as remote
 from specdec.cli import common
 from specdec.errors import UsageError
+from specdec.processes import gathering, this_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from specdec.bench.arms import Arm, Settings
     from specdec.bench.harness import Group, Harness
+    from specdec.bench.statistics import Record
 
 DRAFTERS = ("none", "prompt-lookup", "token-recycling", "aded", "suffix", "hybrid", "draft-model")
 
@@ -33,8 +37,14 @@ def bench(
     ] = None,
     set_: common.Settings = None,
     baselines: Annotated[
-        str | None, typer.Option(help="Comma list; without it hf-generate, hf-prompt-lookup, hf-assisted.")
+        str | None,
+        typer.Option(
+            help="Comma list; without it hf-generate, hf-prompt-lookup, hf-assisted. On request hf-generate-compiled, "
+            "which compiles for a while first, and hf-early-exit, for checkpoints trained for it."
+        ),
     ] = None,
+    against: remote.Against = None,
+    server_timeout: remote.ServerTimeout = 600.0,
     verifier: Annotated[str, typer.Option(help="Who decides which drafted tokens to keep.")] = "standard",
     draft: common.Draft = None,
     prompts: Annotated[
@@ -66,6 +76,8 @@ def bench(
 
     Learning drafters forget before every prompt unless --warm; one that was given a table file (--set
     DRAFTER.table=FILE) goes back to that file. Ctrl-C keeps what was measured, marked as partial.
+
+    Under `accelerate launch -m specdec bench ...` or torchrun, processes share the prompts, and the first reports.
     """
     temperatures = _temperatures(temperature)
     common.check_loading(dtype, device, compile_)
@@ -74,7 +86,7 @@ def bench(
 
     from specdec import registry, zoo
     from specdec.bench.arms import STATES, Settings
-    from specdec.bench.baselines import BASELINES, REFERENCE
+    from specdec.bench.baselines import BASELINES, DEFAULTS, ONE_ROW_ONLY, REFERENCE
     from specdec.bench.environment import environment
     from specdec.bench.grow import grown_note
     from specdec.bench.harness import Harness, grouped
@@ -88,10 +100,13 @@ def bench(
     labels = labels or {name: name for name in (*DRAFTERS, *zoo.heads(model))}
     choices = {c.label: c for c in common.choose(labels, others, "--drafters", model)}
     chosen = list(choices)
-    peers = common.names("--baselines", baselines) or list(BASELINES)
+    peers = common.names("--baselines", baselines) or list(DEFAULTS)
     for name in peers:
         common.check_choice("--baselines", name, BASELINES)
     peers = list(dict.fromkeys([REFERENCE, *peers]))
+    servers = remote.servers(against, {*BASELINES, *choices})
+    if servers and batch_size > 1:
+        raise UsageError(f"--against with --batch-size {batch_size}: a server gets one prompt at a time; leave one out")
     if out is not None:
         prepare_folder(out)
     texts = load_prompts(prompts, limit)
@@ -113,42 +128,64 @@ def bench(
             leave_out(label, chosen, reason)
         leave_out("hf-assisted", peers, reason)
     if batch_size > 1:
-        for name in ("hf-prompt-lookup", "hf-assisted"):
+        for name in ONE_ROW_ONLY:
             leave_out(name, peers, f"transformers runs it at batch size 1 only, not {batch_size}")
 
+    process = this_process()
     common.quiet()
-    with common.json_only(json_) as stdout:
+    with common.json_only(json_) as stdout, gathering(process) as gather:
         console = common.console(stderr=True)
-        target, tokenizer = common.load_model(model, dtype, device), common.load_tokenizer(model)
+        console.quiet = not process.first  # errors are still said
+        place = process.place(device)
+        target, tokenizer = common.load_model(model, dtype, place), common.load_tokenizer(model)
         groups = grouped([p.id for p in texts], encode(texts, tokenizer, target, max_new_tokens), batch_size)
+        if len(groups) < process.count:
+            raise UsageError(f"{process.count} processes for {len(groups)} groups of prompts; start fewer processes")
         loaded_draft = None
         if draft is not None and {*drafting, "hf-assisted"} & {*chosen, *peers}:
             same = str(target.dtype).removeprefix("torch.")
-            loaded_draft = common.load_model(draft, same, device, "--draft-model")
+            loaded_draft = common.load_model(draft, same, place, "--draft-model")
         measured = [choices[label] for label in chosen]
-        arms = _arms(target, tokenizer, measured, (verifier, rule), peers, loaded_draft, drafting, warm, compile_)
+        longest = max(len(ids) for group in groups for ids in group.ids) + max_new_tokens
+        rule_of = (verifier, rule)
+        arms = _arms(target, tokenizer, measured, rule_of, peers, loaded_draft, longest, drafting, warm, compile_)
+        arms += remote.server_arms(servers, server_timeout, model, target, tokenizer)
         settings = [Settings(max_new_tokens, t) for t in temperatures]
         harness = Harness(target, seed)
         try:
             with common.progress(console) as progress:
-                arms = _warm_up(harness, arms, groups[0], settings, leave_out, peers, progress)
-                run = harness.run(arms, groups, settings, repeats, progress)
+                sizes = list({len(group.ids): group for group in groups}.values())  # each may be compiled for
+                arms = _warm_up(harness, arms, sizes, settings, leave_out, peers, progress)
+                compiled = _graphs(arms)
+                run = harness.run(arms, groups, settings, repeats, progress, process)
         except KeyboardInterrupt:  # later ones are the harness's to keep
             console.print("interrupted during the warm-up: nothing was measured", highlight=False)
             raise typer.Exit(130) from None
+        if process.count > 1:
+            if run.failure is not None:  # its records stay behind: the others' are only whole together with them
+                raise run.failure
+            shares = gather((run.records, platform.node()))
+            if not process.first:
+                return
+            if len({frozenset(r.arm for r in records) for records, _ in shares}) > 1:
+                raise UsageError("a baseline ran in some processes only; leave it out by --baselines, and start again")
+            run.records = sorted((r for records, _ in shares for r in records), key=lambda r: _place(r, temperatures))
+            notes += _side_by_side(len(shares), len({node for _, node in shares}), warm)
         lossless, states = {a.name: a.lossless for a in arms}, {a.name: a.state for a in arms}
         rows = summarise(run.records, lossless, states, repeats, REFERENCE)
         report = Report(
             rows=rows,
-            environment=environment(target, model),
+            environment={**environment(target, model), "processes": process.count},
             settings={
                 "model": model,
                 "drafters": {c.label: {"drafter": c.drafter, "options": c.options} for c in measured},
                 "draft_model": draft if loaded_draft is not None else None,
+                "against": {s.name: str(s) for s in servers},
                 "verifier": verifier,
                 "verifier_options": rule,
                 "prompts": prompts,
                 "prompt_count": len(texts),
+                "categories": {p.id: p.category for p in texts if p.category is not None},
                 "max_new_tokens": max_new_tokens,
                 "temperatures": temperatures,
                 "batch_size": batch_size,
@@ -162,6 +199,8 @@ def bench(
                 *notes,
                 *(str(c) for c in measured if c.options or c.label != c.drafter),
                 *_compiled(arms, compile_),
+                *_recompiled(compiled, _graphs(arms)),
+                *remote.remarks(arms),
                 *(f"{state}: {STATES[state]}" for state in dict.fromkeys(filter(None, states.values()))),
                 *cautions(rows, REFERENCE, str(target.dtype).removeprefix("torch.")),
             ],
@@ -182,6 +221,21 @@ def bench(
         raise run.failure
 
 
+def _place(record: Record, temperatures: list[float]) -> tuple[int, int, int]:
+    """Where a record of one of several processes would stand if there were one."""
+    return temperatures.index(record.temperature), record.group, record.repeat
+
+
+def _side_by_side(processes: int, machines: int, warm: bool) -> list[str]:
+    """What a reader must know of a measurement that several processes shared."""
+    import torch
+
+    threads = torch.get_num_threads()
+    what = f"{processes} processes at a time on {machines} machine{'s' * (machines > 1)}, {threads} threads each"
+    learned = ["warm: each process keeps what its own prompts taught"] if warm else []
+    return [f"{what}; on one machine they share memory and cores; tokens/s are one process's", *learned]
+
+
 def _temperatures(text: str) -> list[float]:
     try:
         values = [float(part) for part in text.split(",")]
@@ -199,6 +253,7 @@ def _arms(
     verifier: tuple[str, dict[str, Any]],
     peers: Sequence[str],
     draft: PreTrainedModel | None,
+    longest: int,
     drafting: set[str],
     warm: bool,
     compile_: str,
@@ -216,7 +271,7 @@ def _arms(
         judge = registry.verifier(name, **rule)
         decoder = Decoder(target, drafter, judge, tokenizer=tokenizer, compile=compile_)  # type: ignore[arg-type]
         arms.append(DecoderArm(choice.label, decoder, warm))
-    return [*(baseline(peer, target, draft) for peer in peers), *arms]
+    return [*(baseline(peer, target, draft, longest) for peer in peers), *arms]
 
 
 def _compiled(arms: Sequence[Arm], asked: str) -> list[str]:
@@ -235,16 +290,27 @@ def _compiled(arms: Sequence[Arm], asked: str) -> list[str]:
     return [f"{outcome}: {', '.join(names)}" for outcome, names in outcomes.items()]
 
 
+def _graphs(arms: Sequence[Arm]) -> dict[str, int]:
+    """Graphs that baselines have compiled so far."""
+    from specdec.bench.baselines import CompiledArm
+
+    return {arm.name: arm.graphs for arm in arms if isinstance(arm, CompiledArm)}
+
+
+def _recompiled(before: dict[str, int], after: dict[str, int]) -> list[str]:
+    return [f"{a}: {n - before[a]} graphs were compiled while it was timed" for a, n in after.items() if n > before[a]]
+
+
 def _warm_up(
     harness: Harness,
     arms: list[Arm],
-    group: Group,
+    groups: Sequence[Group],
     settings: Sequence[Settings],
     leave_out: Callable[[str, list[str], str], None],
     peers: list[str],
     progress: Callable[[int, int, str], None],
 ) -> list[Arm]:
-    """Run every arm untimed; a baseline that transformers cannot run on this model is left out."""
+    """Run every arm untimed on every group; a baseline that transformers cannot run on this model is left out."""
     from specdec.bench.baselines import REFERENCE
 
     working = list(arms)
@@ -253,7 +319,8 @@ def _warm_up(
         progress(0, 1, f"warm-up {i + 1}/{len(arms)}, {arm.name}")
         try:
             for setting in settings:
-                harness.warm_up(arm, group, setting)
+                for group in groups:
+                    harness.warm_up(arm, group, setting)
         except Exception as error:
             if arm.name not in peers or isinstance(error, UsageError):
                 raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from specdec.cli import against as remote
 from specdec.cli import common
 from specdec.errors import UsageError
+from specdec.processes import this_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,17 +49,14 @@ def run(
     ] = ",".join(DRAFTERS),
     set_: common.Settings = None,
     baselines: Annotated[
-        str, typer.Option(help="Comma list of hf-generate (always there), hf-prompt-lookup, hf-assisted.")
-    ] = "hf-generate",
-    server: Annotated[
-        list[str] | None,
+        str,
         typer.Option(
-            metavar="NAME=URL",
-            help="A server of the same model with OpenAI's completions API, e.g. vllm=http://localhost:8000/v1; its "
-            "text is tokenised again to count tokens. Repeatable.",
+            help="Comma list of hf-generate (always there), hf-prompt-lookup, hf-assisted, hf-generate-compiled "
+            "(compiles for a while first), hf-early-exit (for checkpoints trained for it)."
         ),
-    ] = None,
-    server_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a server may take for an answer.")] = 600.0,
+    ] = "hf-generate",
+    against: remote.Against = None,
+    server_timeout: remote.ServerTimeout = 600.0,
     verifier: Annotated[str, typer.Option(help="Who decides which drafted tokens to keep.")] = "standard",
     draft: common.Draft = None,
     categories: Annotated[
@@ -108,6 +106,7 @@ def run(
     from specdec.bench.spec_bench.protocol import Asker, Rules, measure, template_of
     from specdec.bench.spec_bench.questions import read_questions, select
     from specdec.bench.spec_bench.report import from_folder, show, write
+    from specdec.bench.spec_bench.ties import explain
 
     # everything that can be wrong is checked before anything slow starts
     rule, others = common.verifier_options(verifier, set_, model)
@@ -117,8 +116,8 @@ def run(
     for name in peers:
         common.check_choice("--baselines", name, BASELINES)
     peers = list(dict.fromkeys([REFERENCE, *peers]))
-    servers = _servers(server, {*peers, *labels})
-    methods = [*peers, *(c.label for c in choices), *servers]
+    servers = remote.servers(against, {*BASELINES, *labels})
+    methods = [*peers, *(c.label for c in choices), *(s.name for s in servers)]
     for name in methods:
         if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
             raise UsageError(
@@ -133,10 +132,11 @@ def run(
         )
     prepare_folder(out)
 
-    rank, processes, place = _process(device)
+    process = this_process()
+    place = process.place(device)
     common.quiet()
     console = common.console(stderr=True)
-    console.quiet = rank > 0  # errors are still said
+    console.quiet = not process.first  # errors are still said
     target, tokenizer = common.load_model(model, dtype, place), common.load_tokenizer(model)
     weights = str(target.dtype).removeprefix("torch.")
     small = common.load_model(draft, weights, place, "--draft-model") if draft is not None and drafting else None
@@ -167,7 +167,7 @@ def run(
         "draft_model": draft if small is not None else None,
         "verifier": verifier,
         "verifier_options": rule,
-        "servers": servers,
+        "servers": {s.name: str(s) for s in servers},
         "template": rules.template,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -181,14 +181,18 @@ def run(
         "question_ids": [q.id for q in fitting],
         "left_out": left_out,
     }
-    where = {**environment(target, model), "rank": rank, "processes": processes}
-    remote = _server_arms(servers, server_timeout, target, tokenizer)  # before the folder knows their URLs
+    where = {**environment(target, model), "rank": process.rank, "processes": process.count}
+    # before the folder knows their URLs
+    outside = remote.server_arms(servers, server_timeout, model, target, tokenizer)
     folder = RunFolder(out)
     try:
-        with folder.session(settings, where, rank) as session, common.progress(console) as progress:
-            judge = (verifier, rule)
-            arms = [*_arms(target, tokenizer, choices, judge, peers, small, drafting, warm, compile_), *remote]
-            measure(asker, arms, fitting, runs, folder, session, (rank, processes), progress)
+        with folder.session(settings, where, process.rank) as session, common.progress(console) as progress:
+            judge, longest = (verifier, rule), asker.longest(fitting)
+            ours = _arms(target, tokenizer, choices, judge, peers, small, longest, drafting, warm, compile_)
+            share = (process.rank, process.count)
+            measure(asker, [*ours, *outside], fitting, runs, folder, session, share, progress)
+            if process.count == 1:
+                explain(folder, REFERENCE, asker, fitting, progress)
     except KeyboardInterrupt:
         said = f"interrupted: finished answers are in {out}; the same command goes on"
         console.print(said, highlight=False, markup=False)
@@ -196,7 +200,7 @@ def run(
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror}); give a place with room") from error
     folder.merge()
-    if processes > 1:
+    if process.count > 1:
         said = f"`specdec spec-bench report {out}` shows the figures once all processes are done"
         console.print(said, highlight=False, markup=False)
         return
@@ -262,42 +266,6 @@ def _print(report: Report, as_json: bool) -> None:
         typer.echo(json.dumps(report.to_json(), allow_nan=False))
 
 
-def _process(device: str) -> tuple[int, int, str]:
-    """Rank, number of processes (as accelerate and torchrun set them), and this process's device."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    rank, processes = int(os.environ.get("RANK", local)), int(os.environ.get("WORLD_SIZE", 1))
-    if not 0 <= rank < processes:
-        raise UsageError(f"RANK={rank}: it must be below WORLD_SIZE={processes}; start with `accelerate launch`")
-    if processes > 1 and device != "cpu":
-        import torch
-
-        if torch.cuda.is_available():
-            return rank, processes, f"cuda:{local % torch.cuda.device_count()}"
-    return rank, processes, device
-
-
-def _servers(texts: Sequence[str] | None, taken: set[str]) -> dict[str, str]:
-    """Name -> URL of --server."""
-    found: dict[str, str] = {}
-    for text in texts or ():
-        name, equals, url = (part.strip() for part in text.partition("="))
-        if not equals or not name or not url:
-            raise UsageError(f"--server {text!r}: write NAME=URL, for example vllm=http://localhost:8000/v1")
-        if name in taken or name in found:
-            raise UsageError(f"--server {text!r}: {name!r} already names something else; give another name")
-        found[name] = url
-    return found
-
-
-def _server_arms(servers: dict[str, str], timeout: float, target: PreTrainedModel, tokenizer: Any) -> list[Arm]:
-    from specdec.bench.harness import end_tokens
-    from specdec.bench.servers import ServerArm
-
-    ends = end_tokens(target)
-    end = min(ends) if ends else None
-    return [ServerArm(name, url, tokenizer, end, timeout) for name, url in servers.items()]
-
-
 def _arms(
     target: PreTrainedModel,
     tokenizer: Any,
@@ -305,6 +273,7 @@ def _arms(
     verifier: tuple[str, dict[str, Any]],
     peers: Sequence[str],
     small: PreTrainedModel | None,
+    longest: int,
     drafting: set[str],
     warm: bool,
     compile_: str,
@@ -315,7 +284,7 @@ def _arms(
     from specdec.bench.baselines import baseline
     from specdec.decoder import Decoder
 
-    arms: list[Arm] = [baseline(peer, target, small) for peer in peers]
+    arms: list[Arm] = [baseline(peer, target, small, longest) for peer in peers]
     name, rule = verifier
     for choice in choices:
         drafter = choice.make(draft=small) if choice.label in drafting else choice.make()
