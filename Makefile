@@ -4,7 +4,7 @@ BIN := .venv/bin
 RESULTS := bench/results
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint format slow results pareto grown tuned tables-of-results docs tables gpu clean
+.PHONY: demo test lint format slow results pareto grown tuned vllm-check report tables-of-results docs tables gpu clean
 
 # torch comes first and exactly, so that no other package pulls in another build of it
 .venv/.ready: pyproject.toml constraints.txt
@@ -75,6 +75,13 @@ tuned: .venv/.ready  ## what the tuner predicts, and what is then measured (leav
 	$(BIN)/specdec tune $(GROWN) --dtype bfloat16 --drafters prompt-lookup,suffix,token-recycling,hybrid --limit 12 \
 	  --max-new-tokens 64 --out $(RESULTS)/tuned/grown-300M.json
 
+vllm-check: .venv/.ready  ## what we train, run by vLLM itself (its CPU build, in .venv-vllm)
+	$(BIN)/python -m specdec.bench.vllm.environment .venv-vllm
+	$(BIN)/python -m specdec.bench.vllm.check
+
+report: .venv/.ready  ## one page of everything in bench/results, into bench/results/report
+	$(BIN)/specdec report $(RESULTS)
+
 RESULTS_OF = $(patsubst %,$(RESULTS)/%/results.md,$(1))
 tables-of-results: .venv/.ready  ## put what stands in bench/results into README and docs/results.md
 	$(BIN)/python -m specdec.bench.readme README.md $(call RESULTS_OF,cold-0 cold-1)
@@ -92,4 +99,4 @@ gpu: .venv/.ready  ## the tree attention kernel on this machine's GPU: GPU tests
 	$(BIN)/python -m specdec.bench.gpu --out $(RESULTS)/gpu
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-vllm build dist *.egg-info
