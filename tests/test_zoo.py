@@ -108,7 +108,7 @@ def test_a_damaged_or_missing_checkpoint_gives_one_clear_error(tmp_path: Path, m
 
 
 def test_the_model_without_a_tokenizer_is_loaded_another_way() -> None:
-    with pytest.raises(zoo.ZooError, match="tiny_image.load"):
+    with pytest.raises(zoo.ZooError, match=r"tiny_image\.load"):
         zoo.load("tiny-image")
 
 

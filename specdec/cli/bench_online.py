@@ -9,6 +9,7 @@ import typer
 
 from specdec.cli import common
 from specdec.errors import UsageError
+from specdec.processes import alone
 
 
 def bench_online(
@@ -42,6 +43,7 @@ def bench_online(
     from specdec.bench.prompts import load_prompts
     from specdec.bench.report import prepare_folder
 
+    alone("specdec bench-online")
     chosen = [name for name in common.names("--arms", arms) if name != FROZEN]
     for name in chosen:
         common.check_choice("--arms", name, list(ARMS))

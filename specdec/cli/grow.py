@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from specdec.cli import common
+from specdec.processes import alone
 
 _TEXTS, _TOKENS = 8, 64  # held-out texts, and tokens of each, that the check reads
 
@@ -30,6 +31,7 @@ def grow(
     from specdec.bench.grow import check_folder, parse_size
 
     parameters = parse_size(to)
+    alone("specdec grow")
     common.check_loading(dtype, "cpu")
     check_folder(out)
 

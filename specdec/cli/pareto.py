@@ -12,6 +12,7 @@ import typer
 
 from specdec.cli import common
 from specdec.errors import UsageError
+from specdec.processes import alone
 
 if TYPE_CHECKING:
     from specdec.bench.prompts import Prompt
@@ -91,6 +92,7 @@ def pareto(
     Texts are scored by how likely the target finds them and, where prompts have reference answers, by exact match of
     math answers and chrF. Everything runs interleaved in one process; intervals resample prompts.
     """
+    alone("specdec pareto")
     common.check_loading(dtype, device)
 
     from specdec import registry

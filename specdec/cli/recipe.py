@@ -9,6 +9,7 @@ import typer
 
 from specdec.cli import common
 from specdec.errors import UsageError
+from specdec.processes import alone
 
 
 def recipe(
@@ -26,6 +27,7 @@ def recipe(
     from specdec import recipe as recipes
     from specdec import zoo
 
+    alone("specdec recipe")
     rule, others = common.verifier_options(verifier, set_)
     (choice,) = common.choose({drafter: drafter}, others, "--drafter")
     options: dict[str, Any] = dict(choice.options)

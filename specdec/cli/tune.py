@@ -12,6 +12,7 @@ from rich.table import Table
 
 from specdec.cli import common
 from specdec.errors import UsageError
+from specdec.processes import alone
 
 DRAFTERS = ("prompt-lookup", "suffix", "aded", "token-recycling", "hybrid", "draft-model")
 FINALISTS = 3
@@ -52,6 +53,7 @@ def tune(
     that predicts each setting's speed. The best three are then timed on the other prompts, beside plain decoding and
     transformers, and the fastest becomes the profile: `none` where nothing is faster.
     """
+    alone("specdec tune")
     common.check_loading(dtype, device, compile_)
 
     from specdec import registry, zoo

@@ -11,6 +11,7 @@ import typer
 
 from specdec.cli import common
 from specdec.errors import UsageError
+from specdec.processes import alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +41,7 @@ def verify(
     Greedy ids against generate(), near ties in --dtype, the exact law of sampling, and the cache. What needs float32 is
     run in float32 besides, where that fits. Lossy drafters and verifiers are refused.
     """
+    alone("specdec verify")
     common.check_loading(dtype, device, compile_)
 
     from specdec import registry
