@@ -4,7 +4,7 @@ BIN := .venv/bin
 RESULTS := bench/results
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint format slow results pareto grown tuned vllm-check report tables-of-results docs tables gpu clean
+.PHONY: demo test lint format slow results pareto grown tuned vllm-check vllm-speed report tables-of-results docs tables gpu clean
 
 # torch comes first and exactly, so that no other package pulls in another build of it
 .venv/.ready: pyproject.toml constraints.txt
@@ -74,10 +74,18 @@ tuned: .venv/.ready  ## what the tuner predicts, and what is then measured (leav
 	$(BIN)/specdec tune tiny --temperature 1 --out $(RESULTS)/tuned/tiny-sampled.json
 	$(BIN)/specdec tune $(GROWN) --dtype bfloat16 --drafters prompt-lookup,suffix,token-recycling,hybrid --limit 12 \
 	  --max-new-tokens 64 --out $(RESULTS)/tuned/grown-300M.json
+	$(BIN)/specdec bench tiny --temperature 0,1 --drafters none,auto --baselines hf-generate --repeats 3 \
+	  --out $(RESULTS)/auto
 
 vllm-check: .venv/.ready  ## what we train, run by vLLM itself (its CPU build, in .venv-vllm)
 	$(BIN)/python -m specdec.bench.vllm.environment .venv-vllm
 	$(BIN)/python -m specdec.bench.vllm.check
+
+vllm-speed: .venv/.ready  ## its drafters, ours inside it, and ours here, side by side (leave the machine alone meanwhile)
+	$(BIN)/python -m specdec.bench.vllm.environment .venv-vllm
+	for t in float32 bfloat16; do \
+	  $(BIN)/python -m specdec.bench.vllm.proposers --dtype $$t --out $(RESULTS)/vllm-$$t || exit 1; \
+	done
 
 report: .venv/.ready  ## one page of everything in bench/results, into bench/results/report
 	$(BIN)/specdec report $(RESULTS)

@@ -24,6 +24,7 @@ PLAIN = 3  # plain steps before the first draft, to know what one costs
 REFRESH = 128  # drafting steps between plain ones that keep that known
 LOSS = 3.0  # plain steps' worth of time that drafting may lose before it is stopped
 REST = 24  # plain steps before it is tried again
+HOPE = 5  # trials that fail in a row before requests no longer begin with one
 
 
 class Guard:
@@ -32,7 +33,7 @@ class Guard:
     Against a plain step, a drafting step of ``seconds`` that yields ``tokens`` loses seconds - tokens * plain. These
     losses are summed up (a one-sided CUSUM: gains count only up to a bound, so that a text that changes is noticed).
     When the sum exceeds a few plain steps, drafting rests. Every trial that fails in a row halves what the next may
-    lose and doubles the rest after it.
+    lose and doubles the rest after it, up to 32 times; the first few rests end with their text.
     """
 
     def __init__(self) -> None:
@@ -52,9 +53,13 @@ class Guard:
         """Whether what is learned now is still fresh when drafting is tried next."""
         return self._resting <= REST
 
+    def rests_for(self, steps: int) -> bool:
+        """Whether none of the next ``steps`` steps will draft."""
+        return self._resting > steps
+
     def fresh_text(self) -> None:
         """A request begins: what did not pay in the last text may in this one."""
-        if self._plain:
+        if self._plain and self._failed < HOPE:
             self._resting, self._lost = 0, 0.0
 
     def record(self, drafted: bool, seconds: float, tokens: float) -> None:
@@ -77,10 +82,10 @@ class Auto(Drafter):
     """Drafts with another drafter while that is faster than plain decoding here, and not at all while it is not.
 
     ``specdec tune`` chooses that drafter for a model and a machine and keeps its choice as a profile; without one it
-    is ``hybrid``. Steps are timed as they happen: every request starts with a short trial, a losing draft costs a few
-    plain steps' time, and the last 128 drafting steps include a plain one. Drafters that can miss steps do not learn in a
-    long rest either. Whether a step drafts depends on the clock, so a sampled text is not repeatable from its seed; its
-    distribution and greedy texts are what they always are.
+    is ``hybrid``. Steps are timed as they happen: a request starts with a short trial unless the last few failed, a losing
+    draft costs a few plain steps' time, and the last 128 drafting steps include a plain one. Drafters that can miss steps
+    do not learn in a long rest either. Whether a step drafts depends on the clock, so a sampled text is not repeatable from
+    its seed; its distribution and greedy texts are what they always are.
 
     Args:
         method: name of a drafter, or a ``Drafter``; None: what the profile says.
@@ -138,13 +143,21 @@ class Auto(Drafter):
 
     def begin(self, state: DecodeState) -> None:
         self._step: tuple[float, list[Row], int, bool] | None = None
-        self._first = self._learns = True  # the prompt is always learned
+        self._first = True
         for guard in self._guards.values():
             guard.fresh_text()
-        self.drafter.begin(state)
+        longest = max(row.tokens_left for row in state.rows)
+        sizes = range(1, len(state.rows) + 1)  # of the batch, as its rows end
+        self._sleeps = self.drafter.tolerates_gaps and all(
+            size in self._guards and self._guards[size].rests_for(longest) for size in sizes
+        )
+        self._learns = not self._sleeps  # the prompt too
+        if not self._sleeps:
+            self.drafter.begin(state)
 
     def end(self, state: DecodeState) -> None:
-        self.drafter.end(state)
+        if not self._sleeps:
+            self.drafter.end(state)
 
     def propose(self, state: DecodeState) -> list[Proposal | None]:
         now, rows = perf_counter(), [row for row in state.rows if not row.done]
@@ -154,7 +167,7 @@ class Auto(Drafter):
         guard = self._guards.setdefault(len(rows), Guard())
         drafts = guard.on
         # learning from every step's logits costs too, so most of a long rest goes by unseen
-        self._learns = drafts or guard.trial_is_near or not self.drafter.tolerates_gaps
+        self._learns = not self._sleeps and (drafts or guard.trial_is_near or not self.drafter.tolerates_gaps)
         # the first step reads what is left of the prompt, so its time says nothing
         self._step = None if self._first else (now, rows, sum(map(len, rows)), drafts)
         self._first = False

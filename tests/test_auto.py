@@ -148,6 +148,35 @@ class TestDecoding:
         assert new_tokens(decoder, inputs, max_new_tokens=100, do_sample=False) == want
         assert len(seen) == 100 if not tolerant else 15 < len(seen) < 70
 
+    def test_a_drafter_that_keeps_failing_sleeps_through_requests_and_wakes_again(self, monkeypatch) -> None:
+        model = tiny_llama()
+        inputs = left_padded([torch.tensor([5, 6, 7, 8])])
+        want = new_tokens(model, inputs, max_new_tokens=40, do_sample=False)
+        begun: list[bool] = []
+
+        class Witness(OracleDrafter):
+            tolerates_gaps = True
+
+            def begin(self, state) -> None:
+                begun[-1] = True
+                super().begin(state)
+
+        guarded = Auto(Witness(want, wrong=1.0))  # drafts lose for ever
+        decoder = Decoder(model, guarded)
+        now = [0.0]
+
+        def clock() -> float:
+            steps = decoder.stats.steps
+            now[0] += 9.0 if len(steps) > 1 and steps[-2].columns > 1 else 1.0
+            return now[0]
+
+        monkeypatch.setattr(auto, "perf_counter", clock)
+        for _ in range(60):
+            begun.append(False)
+            assert new_tokens(decoder, inputs, max_new_tokens=40, do_sample=False) == want
+        assert all(begun[: auto.HOPE])
+        assert 1 <= sum(begun[auto.HOPE + 1 :]) < 10
+
     def test_any_drafter_can_be_guarded_by_name(self) -> None:
         model = tiny_llama()
         inputs = left_padded([torch.tensor([5, 6, 7, 5, 6, 7, 5, 6])])
