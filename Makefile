@@ -63,17 +63,20 @@ pareto: .venv/.ready  ## speed against quality of the lossy methods, into bench/
 	  --curve lantern.factor=1,1.5,2,3,5,10 --out $(RESULTS)/pareto-image
 
 GROWN := build/grown-300M
+MEMBERS := members=suffix,token-recycling,draft-model
 grown: .venv/.ready  ## lossless speed-ups at the cost of 300M parameters in bfloat16 (leave the machine alone meanwhile)
 	$(BIN)/specdec grow tiny --to 300M --out $(GROWN)
-	$(BIN)/specdec bench $(GROWN) --dtype bfloat16 --draft-model tiny-draft --limit 18 \
-	  --drafters none,prompt-lookup,suffix,token-recycling,hybrid,draft-model --out $(RESULTS)/grown-300M
-	$(BIN)/specdec verify $(GROWN) --dtype bfloat16 --drafter hybrid --out $(RESULTS)/grown-300M/certificate
+	$(BIN)/specdec bench $(GROWN) --dtype bfloat16 --draft-model tiny-draft --limit 12 \
+	  --drafters none,prompt-lookup,suffix,hybrid,hybrid-draft=hybrid,draft-model --set hybrid-draft.$(MEMBERS) \
+	  --out $(RESULTS)/grown-300M
+	$(BIN)/specdec verify $(GROWN) --dtype bfloat16 --draft-model tiny-draft --drafter hybrid --set hybrid.$(MEMBERS) \
+	  --limit 4 --out $(RESULTS)/grown-300M/certificate
 
 tuned: .venv/.ready  ## what the tuner predicts, and what is then measured (leave the machine alone meanwhile)
 	$(BIN)/specdec tune tiny --out $(RESULTS)/tuned/tiny.json
 	$(BIN)/specdec tune tiny --temperature 1 --out $(RESULTS)/tuned/tiny-sampled.json
-	$(BIN)/specdec tune $(GROWN) --dtype bfloat16 --drafters prompt-lookup,suffix,token-recycling,hybrid --limit 12 \
-	  --max-new-tokens 64 --out $(RESULTS)/tuned/grown-300M.json
+	$(BIN)/specdec tune $(GROWN) --dtype bfloat16 --drafters suffix,hybrid --limit 12 \
+	  --max-new-tokens 48 --out $(RESULTS)/tuned/grown-300M.json
 	$(BIN)/specdec bench tiny --temperature 0,1 --drafters none,auto --baselines hf-generate --repeats 3 \
 	  --out $(RESULTS)/auto
 

@@ -81,11 +81,11 @@ class Guard:
 class Auto(Drafter):
     """Drafts with another drafter while that is faster than plain decoding here, and not at all while it is not.
 
-    ``specdec tune`` chooses that drafter for a model and a machine and keeps its choice as a profile; without one it
-    is ``hybrid``. Steps are timed as they happen: a request starts with a short trial unless the last few failed, a losing
-    draft costs a few plain steps' time, and the last 128 drafting steps include a plain one. Drafters that can miss steps
-    do not learn in a long rest either. Whether a step drafts depends on the clock, so a sampled text is not repeatable from
-    its seed; its distribution and greedy texts are what they always are.
+    ``specdec tune`` chooses that drafter for a model and a machine and keeps its choice as a profile; without one
+    it is ``hybrid``. Steps are timed as they happen: a request starts with a short trial unless the last few
+    failed, a losing draft costs a few plain steps' time, and the last 128 drafting steps include a plain one.
+    Drafters that can miss steps do not learn in a long rest either. Whether a step drafts depends on the clock, so
+    a sampled text is not repeatable from its seed; its distribution and greedy texts are what they always are.
 
     Args:
         method: name of a drafter, or a ``Drafter``; None: what the profile says.

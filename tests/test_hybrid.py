@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import OracleDrafter, new_tokens
+from conftest import OracleDrafter, left_padded, new_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from test_token_recycling import mat
@@ -270,3 +270,18 @@ def test_it_accepts_at_least_as_much_as_its_best_member_with_as_many_nodes():
         mat(Decoder(model, "token-recycling", size=12), tokenizer, warm=False),
     ]
     assert hybrid >= max(members) > 1.5
+
+
+def test_a_draft_model_is_a_member_like_any_other() -> None:
+    model, draft = tiny_llama(), tiny_llama(seed=1, num_hidden_layers=1)
+    inputs = left_padded([torch.tensor([5, 6, 7, 8, 5, 6]), torch.tensor([9, 10])])
+    want = new_tokens(model, inputs, max_new_tokens=24, do_sample=False)
+    members = ["suffix", "draft-model"]
+    decoder = Decoder(model, "hybrid", members=members, draft=draft)
+    assert new_tokens(decoder, inputs, max_new_tokens=24, do_sample=False) == want
+    assert decoder.stats.draft_forwards > 0
+    decoder.generate(**inputs, max_new_tokens=24, do_sample=True)  # its trees are looked up then, too
+    with pytest.raises(UsageError, match="give draft"):
+        Decoder(model, "hybrid", members=members)
+    with pytest.raises(UsageError, match="add 'draft-model'"):
+        Decoder(model, "hybrid", draft=draft)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from operator import or_
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from specdec import registry
 from specdec.contracts import Drafter, Verdict
@@ -32,11 +34,13 @@ class Hybrid(Drafter):
     nodes fill the budget. What members cannot see of each other (probes) is left out.
 
     Args:
-        members: names or ``Drafter`` objects, two to six, whose trees are looked up rather than drawn.
+        members: names or ``Drafter`` objects, two to six, whose trees are looked up rather than drawn. A draft model
+            may be among them ("draft-model", which then drafts its likeliest tokens, sampling or not).
         size: nodes per step, root included; also given to members named here that take a size. None: 64 on a GPU, 12 on
             a CPU.
         min_prob: chance below which a node is not drafted. None: 0.005 on a GPU, 0.08 on a CPU.
         scope: given to members named here that have a scope; see ``TableDrafter``.
+        draft: given to members named here that draft with a model.
     """
 
     name = "hybrid"
@@ -49,6 +53,7 @@ class Hybrid(Drafter):
         size: int | None = None,
         min_prob: float | None = None,
         scope: Literal["shared", "request"] = "shared",
+        draft: PreTrainedModel | str | Path | None = None,
     ):
         if isinstance(members, str) or not 2 <= len(members) <= 6:
             raise UsageError(f"members={members!r}: give two to six drafters")
@@ -56,8 +61,15 @@ class Hybrid(Drafter):
             raise UsageError(f"size={size} must be at least 2: the root and one drafted token")
         if min_prob is not None and not 0 <= min_prob < 1:
             raise UsageError(f"min_prob={min_prob} must be in [0, 1)")
-        self.size, self.min_prob, self.scope = size, min_prob, scope
+        self.size, self.min_prob, self.scope, self._draft = size, min_prob, scope, draft
         self._chosen = members
+        drafting = [m for m in members if isinstance(m, str) and "draft" in registry.options(registry.drafter_class(m))]
+        if (draft is None) is bool(drafting):
+            raise UsageError(
+                f"members: {drafting[0]!r} drafts with a smaller model; give draft=..."
+                if drafting
+                else f"draft={draft!r}: none of the members {list(members)} drafts with a model; add 'draft-model'"
+            )
         self.members = [m if isinstance(m, Drafter) else self._make(m, size or GPU_SIZE) for m in members]
         self._check()
         self.mixture = Mixture(len(self.members))
@@ -65,7 +77,8 @@ class Hybrid(Drafter):
 
     def _make(self, name: str, size: int) -> Drafter:
         taken = registry.options(registry.drafter_class(name))
-        wanted: dict[str, Any] = {"size": size, "scope": self.scope, "min_prob": 0.0}
+        wanted: dict[str, Any] = {"size": size, "scope": self.scope, "min_prob": 0.0, "draft": self._draft}
+        wanted["law"] = "point"  # drawn trees cannot be merged
         return registry.drafter(name, **{k: v for k, v in wanted.items() if k in taken})
 
     def _check(self) -> None:

@@ -147,7 +147,12 @@ class Choice:
         """
         from specdec import registry
 
-        takes = "draft" in registry.options(registry.drafter_class(self.drafter))
+        taken = registry.options(registry.drafter_class(self.drafter))
+        takes = "draft" in taken
+        if "members" in taken:
+            members = self.options.get("members", taken["members"])
+            named = [registry.drafter_class(m) for m in members] if isinstance(members, list | tuple) else []
+            takes = any("draft" in registry.options(member) for member in named)
         return takes and (asked is not None or "draft" not in self.brought)
 
     def with_options(self, **options: Any) -> Choice:
