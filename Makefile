@@ -73,11 +73,10 @@ grown: .venv/.ready  ## lossless speed-ups at the cost of 300M parameters in bfl
 	  --limit 4 --out $(RESULTS)/grown-300M/certificate
 
 tuned: .venv/.ready  ## what the tuner predicts, and what is then measured (leave the machine alone meanwhile)
-	$(BIN)/specdec tune tiny --out $(RESULTS)/tuned/tiny.json
-	$(BIN)/specdec tune tiny --temperature 1 --out $(RESULTS)/tuned/tiny-sampled.json
+	$(BIN)/specdec tune tiny --limit 16 --drafters suffix,token-recycling,hybrid,prompt-lookup --out $(RESULTS)/tuned/tiny.json
 	$(BIN)/specdec tune $(GROWN) --dtype bfloat16 --drafters suffix,hybrid --limit 12 \
 	  --max-new-tokens 48 --out $(RESULTS)/tuned/grown-300M.json
-	$(BIN)/specdec bench tiny --temperature 0,1 --drafters none,auto --baselines hf-generate --repeats 3 \
+	$(BIN)/specdec bench tiny --temperature 0,1 --drafters none,auto --baselines hf-generate --repeats 2 \
 	  --out $(RESULTS)/auto
 
 vllm-check: .venv/.ready  ## what we train, run by vLLM itself (its CPU build, in .venv-vllm)
@@ -87,7 +86,7 @@ vllm-check: .venv/.ready  ## what we train, run by vLLM itself (its CPU build, i
 vllm-speed: .venv/.ready  ## its drafters, ours inside it, and ours here, side by side (leave the machine alone meanwhile)
 	$(BIN)/python -m specdec.bench.vllm.environment .venv-vllm
 	for t in float32 bfloat16; do \
-	  $(BIN)/python -m specdec.bench.vllm.proposers --dtype $$t --out $(RESULTS)/vllm-$$t || exit 1; \
+	  $(BIN)/python -m specdec.bench.vllm.proposers --dtype $$t --limit 18 --repeats 1 --out $(RESULTS)/vllm-$$t || exit 1; \
 	done
 
 report: .venv/.ready  ## one page of everything in bench/results, into bench/results/report
@@ -97,7 +96,7 @@ RESULTS_OF = $(patsubst %,$(RESULTS)/%/results.md,$(1))
 tables-of-results: .venv/.ready  ## put what stands in bench/results into README and docs/results.md
 	$(BIN)/python -m specdec.bench.readme README.md $(call RESULTS_OF,cold-0 cold-1)
 	$(BIN)/python -m specdec.bench.readme docs/results.md \
-	  $(call RESULTS_OF,warm-0 heads-0 two-models-0 warm-1 heads-1 two-models-1 compiled)
+	  $(call RESULTS_OF,warm-0 heads-0 two-models-0 warm-1 heads-1 two-models-1 compiled grown-300M auto)
 
 docs: .venv/.ready  ## regenerate docs/families.md from its test
 	SPECDEC_WRITE_DOCS=1 $(BIN)/pytest tests/test_families.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -418,3 +419,19 @@ def test_environment_names_machine_versions_and_threads(model):
     assert e["torch_threads"] == torch.get_num_threads()
     assert {"cpu", "commit", "date", "command", "packages", "device"} <= set(e)
     json.dumps(e, allow_nan=False)
+
+
+def test_the_readmes_figures_of_larger_models_and_of_vllm_are_those_of_the_results() -> None:
+    root = Path(__file__).resolve().parents[1]
+    readme = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    results = root / "bench" / "results"
+    grown = json.loads((results / "grown-300M" / "results.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in grown["rows"]}
+    for name in ("hybrid-draft", "hf-assisted", "hf-prompt-lookup"):
+        assert "{:.2f} [{:.2f}, {:.2f}]".format(rows[name]["speedup"], *rows[name]["speedup_ci"]) in readme
+    verdict = json.loads((results / "grown-300M" / "certificate" / "certificate.json").read_text(encoding="utf-8"))
+    assert verdict["passed"]
+    for dtype in ("float32", "bfloat16"):
+        notes = json.loads((results / f"vllm-{dtype}" / "results.json").read_text(encoding="utf-8"))["notes"]
+        duel = next(note for note in notes if "(our best, vLLM's best)" in note)
+        assert re.search(r"\d\.\d\d \[.*\]", duel)[0] in readme
