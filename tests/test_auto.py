@@ -87,6 +87,18 @@ class TestGuard:
         assert sum(on) > 2500
 
 
+def drafts_are_slow(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with a draft takes nine times as long as one without."""
+    now = [0.0]
+
+    def clock() -> float:
+        steps = decoder.stats.steps
+        now[0] += 9.0 if len(steps) > 1 and steps[-2].columns > 1 else 1.0
+        return now[0]
+
+    monkeypatch.setattr(auto, "perf_counter", clock)
+
+
 class TestDecoding:
     @pytest.mark.parametrize("rows", [1, 3])
     def test_greedy_text_is_the_targets_whatever_the_clock_says(self, rows: int, monkeypatch) -> None:
@@ -136,14 +148,7 @@ class TestDecoding:
 
         guarded = Auto(Witness(want, wrong=1.0))  # drafts lose for ever
         decoder = Decoder(model, guarded)
-        now = [0.0]
-
-        def clock() -> float:
-            steps = decoder.stats.steps
-            now[0] += 9.0 if len(steps) > 1 and steps[-2].columns > 1 else 1.0
-            return now[0]
-
-        monkeypatch.setattr(auto, "perf_counter", clock)
+        drafts_are_slow(decoder, monkeypatch)
         monkeypatch.setattr(auto, "REST", 6)
         assert new_tokens(decoder, inputs, max_new_tokens=100, do_sample=False) == want
         assert len(seen) == 100 if not tolerant else 15 < len(seen) < 70
@@ -163,14 +168,7 @@ class TestDecoding:
 
         guarded = Auto(Witness(want, wrong=1.0))  # drafts lose for ever
         decoder = Decoder(model, guarded)
-        now = [0.0]
-
-        def clock() -> float:
-            steps = decoder.stats.steps
-            now[0] += 9.0 if len(steps) > 1 and steps[-2].columns > 1 else 1.0
-            return now[0]
-
-        monkeypatch.setattr(auto, "perf_counter", clock)
+        drafts_are_slow(decoder, monkeypatch)
         for _ in range(60):
             begun.append(False)
             assert new_tokens(decoder, inputs, max_new_tokens=40, do_sample=False) == want
