@@ -282,6 +282,8 @@ def run(options: argparse.Namespace, vllm: list[VllmArm], console: Console) -> b
         environment={**environment(model, options.model), "command": command, "vllm": vllm[0].about},
         settings={
             **{k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+            "drafters": {name: {"drafter": name, "options": {}} for name in OURS},
+            "temperatures": [0.0],
             "batch_size": 1,
             "state": "cold",
             "compile": "auto" if options.compile else "off",
