@@ -34,7 +34,8 @@ from specdec.errors import UsageError, first_line
 
 ROOT = Path(specdec.__file__).parent
 PARTS = {"README.md", "LICENSE", "custom_generate", "files"}
-LEFT_OUT = {"bench", "cli", "recipe", "training", "vllm.py", "zoo", "__pycache__", "__main__.py"}  # decoding imports none of them
+# decoding imports none of them
+LEFT_OUT = {"bench", "cli", "recipe", "training", "vllm.py", "zoo", "__pycache__", "__main__.py"}
 # options that name a file or a folder; whether it may be a hub id
 TRAVEL = {"checkpoint": True, "codebook": False, "draft": True, "table": False, "units": True}
 STAY = {
