@@ -104,9 +104,14 @@ docs: .venv/.ready  ## regenerate docs/families.md from its test
 tables: .venv/.ready  ## measure RANK_ACCEPTANCE of drafters/token_recycling/trees.py (needs the shared data)
 	$(BIN)/python -m specdec.bench.rank_acceptance --data ../shared/data
 
-gpu: .venv/.ready  ## the tree attention kernel on this machine's GPU: GPU tests, then error and speed beside sdpa and flex
-	$(BIN)/pytest -m gpu
-	$(BIN)/python -m specdec.bench.gpu --out $(RESULTS)/gpu
+# where nothing can be installed, a python that has torch, triton, transformers and the packages beside them will do
+ANY_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+ALL := none,prompt-lookup,suffix,aded,token-recycling,hybrid,lookahead,jacobi,medusa,chimera,eagle3,hidden-transfer,draft-model,rsd
+gpu:  ## this machine's GPU: its tests; the kernel beside sdpa and flex, steps of 7B as graphs; every drafter on tiny
+	$(ANY_PYTHON) -m pytest -q -m gpu tests/test_tree_attention.py tests/test_graphs.py
+	$(ANY_PYTHON) -m specdec.bench.gpu --out $(RESULTS)/gpu
+	for t in 0 1; do $(ANY_PYTHON) -m specdec bench tiny --device cuda --compile auto --temperature $$t --limit 12 \
+	  --drafters $(ALL) --out $(RESULTS)/gpu/tiny-$$t || exit 1; done
 
 clean:
 	rm -rf .venv .venv-vllm build dist *.egg-info

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from specdec.decoder import Decoder
+from specdec.graphs import Graphs
 from specdec.stats import GenerationStats
 
 # what a learning drafter knows when a prompt begins
@@ -101,6 +102,12 @@ class DecoderArm:
     @property
     def stats(self) -> GenerationStats | None:
         return self.decoder.stats
+
+    @property
+    def graphs(self) -> int:
+        """CUDA graphs recorded so far; those of calls that were timed are in their time."""
+        run = self.decoder.target.run
+        return run.count if isinstance(run, Graphs) else 0
 
     def reset(self) -> None:
         if not self._warm:

@@ -1,8 +1,9 @@
-"""The tree attention kernel on this machine: right at real sizes, and how fast beside stock attention.
+"""Steps on this machine's GPU: the tree attention kernel beside stock attention, and a model's steps as CUDA graphs.
 
-``python -m specdec.bench.gpu --out FOLDER`` writes ``gpu.json`` and ``gpu.md``. ``--small`` runs a small grid; on a
-machine without a GPU, under triton's interpreter (set TRITON_INTERPRET=1), it checks the command and its times mean
-nothing.
+``python -m specdec.bench.gpu --out FOLDER`` writes ``gpu.json`` and ``gpu.md``: the kernel's error at real sizes, its
+bandwidth over a copy's, the same work through sdpa and flex; then c(N) of a random model of 7 billion parameters, eager
+and as graphs, and its plain decoding beside ``generate``. ``--small`` runs small sizes; on a machine without a GPU,
+under triton's interpreter (set TRITON_INTERPRET=1), it checks the command and its times mean nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -21,9 +23,18 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from specdec.bench.arms import DecoderArm, Settings
+from specdec.bench.baselines import REFERENCE, baseline
 from specdec.bench.environment import commit
-from specdec.errors import UsageError
+from specdec.bench.harness import Harness, grouped
+from specdec.bench.statistics import summarise
+from specdec.bench.step_times import measure as step_times
+from specdec.compiling import Mode
+from specdec.decoder import Decoder
+from specdec.errors import CompatibilityError, UsageError
+from specdec.target import Target
 from specdec.tree_attention import reference
 from specdec.tree_attention.config import Chip, choose, unavailable
 from specdec.tree_attention.decode import tree_attention
@@ -193,8 +204,79 @@ def grid(small: bool) -> list[Problem]:
     return problems
 
 
+def random_model(small: bool, device: torch.device) -> PreTrainedModel:
+    """Random weights in the shape of Mistral 7B; ``small``: a few thousand of them."""
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    if small:
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    heads = shape["num_attention_heads"] // (2 if small else 4)
+    config = LlamaConfig(
+        **shape, num_key_value_heads=heads, vocab_size=32000, max_position_embeddings=32768, eos_token_id=None
+    )
+    torch.manual_seed(0)
+    config.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(config.dtype).eval()
+
+
+def curves(model: PreTrainedModel, prefixes: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+    """c(N) after each prefix, eager and as graphs; where there are no graphs, why."""
+    found = []
+    modes: tuple[Mode, ...] = ("off", "graphs")
+    for mode in modes:
+        target = Target(model, compile_mode=mode)
+        try:
+            target.compile()
+        except CompatibilityError as error:
+            found.append({"mode": mode, "reason": str(error)})
+            continue
+        found += [{"mode": mode, **step_times(target, prefix, seconds)} for prefix in prefixes]
+    return found
+
+
+def plain_decoding(model: PreTrainedModel, small: bool) -> list[dict[str, Any]]:
+    """Rows of the bench's table: ``none``, eager and as graphs where there are any, beside generate."""
+    arms: list[Any] = [baseline(REFERENCE, model), DecoderArm("none", Decoder(model))]
+    with suppress(CompatibilityError):  # ``curves`` says why
+        arms.append(DecoderArm("none, graphs", Decoder(model, compile="graphs")))
+    g = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, 32000, (2, 8) if small else (6, 512), generator=g).tolist()
+    settings = Settings(4 if small else 128, 0.0)
+    groups = grouped([str(i) for i in range(len(prompts))], prompts, 1)
+    harness = Harness(model)
+    for arm in arms:
+        harness.warm_up(arm, groups[0], settings)
+    run = harness.run(arms, groups, [settings])
+    if run.failure is not None:
+        raise run.failure
+    names = {arm.name: True for arm in arms}
+    return [r.to_json() for r in summarise(run.records, names, dict.fromkeys(names), 1, REFERENCE)]
+
+
+def step_tables(report: dict[str, Any]) -> list[str]:
+    """c(N) and plain decoding, in Markdown."""
+    lines = ["", f"Steps of a random model of {report['parameters'] / 1e9:.2f} billion parameters, batch 1, ms (c(N)):"]
+    timed = [c for c in report["curves"] if "curve" in c]
+    columns = [point["columns"] for point in timed[0]["curve"]]
+    lines += ["", "| steps | prefix | " + " | ".join(f"N = {n}" for n in columns) + " |"]
+    lines += ["|" + "---|" * (2 + len(columns))]
+    for c in timed:
+        shown = [f"{1e3 * p['seconds']:.2f} ({p['ratio']:.2f})" for p in c["curve"]]
+        name = "eager" if c["mode"] == "off" else c["mode"]
+        lines.append("| " + " | ".join([name, str(c["prefix"]), *shown]) + " |")
+    lines += ["", *(f"{c['mode']}: {c['reason']}" for c in report["curves"] if "reason" in c)]
+    lines += ["", "Plain decoding of the same model after random tokens, greedy, interleaved with hf-generate:", ""]
+    lines += ["| method | speed-up | 95 % interval | tokens/s | overhead | same ids |", "|" + "---|" * 6]
+    for r in report["decoding"]:
+        interval = "-" if r["speedup_ci"] is None else "[{:.2f}, {:.2f}]".format(*r["speedup_ci"])
+        overhead = "-" if r["overhead"] is None else f"{r['overhead']:.1%}"
+        cells = (r["name"], f"{r['speedup']:.2f}", interval, f"{r['tokens_per_second']:.1f}", overhead)
+        lines.append("| " + " | ".join((*cells, f"{r['equal_share']:.0%}")) + " |")
+    return lines
+
+
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a table; times in microseconds."""
+    """The report as tables; the kernel's times in microseconds."""
     e = report["environment"]
     arms = ["kernel", "sdpa, mask", "sdpa, mask, enable_gqa", "flex"]
     lines = [
@@ -215,14 +297,14 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(map(str, cells + tail)) + " |")
     failed = {f"{a}: {t}" for r in report["results"] for a, t in r["seconds"].items() if isinstance(t, str)}
     lines += ["", *sorted(failed)] if failed else []
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *step_tables(report)]) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when every result is within its limit, else 1."""
     parser = argparse.ArgumentParser(prog="python -m specdec.bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
-    parser.add_argument("--small", action="store_true", help="two small problems")
+    parser.add_argument("--small", action="store_true", help="small sizes")
     parser.add_argument("--repeats", type=int, default=30)
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -233,6 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     top = ceiling(device, repeats)
     with torch.inference_mode():
         results = [measure(p, device, top, repeats, flex=device.type == "cuda") for p in grid(options.small)]
+    model = random_model(options.small, device)
     report = {
         "environment": {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -244,6 +327,9 @@ def main(arguments: list[str] | None = None) -> int:
         },
         "copy_bytes_per_second": top,
         "results": results,
+        "parameters": model.num_parameters(),
+        "curves": curves(model, [20] if options.small else [1024, 8192], 0.0 if options.small else 15.0),
+        "decoding": plain_decoding(model, options.small),
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "gpu.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -22,8 +22,9 @@ class TreeLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, capacity: int):
-        super().__init__()
+        self.is_initialized = False  # not super().__init__(), which sets keys and values
         self.capacity, self.width = capacity, 0
+        self.at: torch.Tensor | None = None  # see ``TreeCache.write_at``
         self._k: torch.Tensor
         self._v: torch.Tensor
 
@@ -31,35 +32,47 @@ class TreeLayer(CacheLayerMixin):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self._k = key_states.new_empty(*key_states.shape[:2], self.capacity, key_states.shape[-1])
         self._v = value_states.new_empty(*value_states.shape[:2], self.capacity, value_states.shape[-1])
-        self.resize(self.width)
+        self.whole = self._k, self._v  # with the rows that were dropped
 
-    def resize(self, width: int) -> None:
-        """Make the first ``width`` columns the valid ones. Models read ``keys``/``values``, so these are views."""
-        self.width = width
-        if self.is_initialized:
-            self.keys, self.values = self._k[:, :, :width], self._v[:, :, :width]
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """[B, H, width, D]; None before the first update."""
+        return self._k[:, :, : self.width] if self.is_initialized else None
 
-    def _grow(self, needed: int) -> None:
-        while self.capacity < needed:
+    @property
+    def values(self) -> torch.Tensor | None:
+        """[B, H, width, D]; None before the first update."""
+        return self._v[:, :, : self.width] if self.is_initialized else None
+
+    def reserve(self, columns: int) -> None:
+        """Make room for so many columns in all."""
+        if self.capacity >= columns:
+            return
+        while self.capacity < columns:
             self.capacity *= 2
-        for name in ("_k", "_v"):
-            old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], self.capacity, old.shape[-1])
-            new[:, :, : self.width] = old[:, :, : self.width]
-            setattr(self, name, new)
+        if self.is_initialized:
+            grown = []
+            for old in (self._k, self._v):
+                new = old.new_empty(*old.shape[:2], self.capacity, old.shape[-1])
+                new[:, :, : self.width] = old[:, :, : self.width]
+                grown.append(new)
+            self._k, self._v = self.whole = grown[0], grown[1]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.at is not None:
+            self._k.index_copy_(2, self.at, key_states)
+            self._v.index_copy_(2, self.at, value_states)
+            return self._k, self._v
         start, end = self.width, self.width + key_states.shape[-2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if end > self.capacity:
-            self._grow(end)
+        self.reserve(end)
         self._k[:, :, start:end] = key_states
         self._v[:, :, start:end] = value_states
-        self.resize(end)
-        return self.keys, self.values
+        self.width = end
+        return self._k[:, :, :end], self._v[:, :, :end]
 
     def buffers(self) -> tuple[torch.Tensor, ...]:
         """Keys and values [B, H, capacity, D]; nothing for a layer that shares another layer's keys."""
@@ -79,11 +92,16 @@ class TreeLayer(CacheLayerMixin):
                 t.scatter_(2, target[:, None, :, None].expand(shape), moved)
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep only the batch rows ``rows`` int64, in that order."""
+        """Keep only the batch rows ``rows`` int64, in that order. They stay at the addresses of the first rows."""
         if self.is_initialized:
             rows = rows.to(self.device)
-            self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
-            self.resize(self.width)
+            self._k, self._v = (t[: len(rows)].copy_(t.index_select(0, rows)) for t in (self._k, self._v))
+
+    def reopen(self, rows: int) -> None:
+        """Forget everything, and use the first ``rows`` of the rows that were there."""
+        if self.is_initialized:
+            self._k, self._v = (t[:rows] for t in self.whole)
+        self.width = 0
 
     def get_seq_length(self, *args: Any) -> int:
         return self.width
@@ -98,10 +116,10 @@ class TreeLayer(CacheLayerMixin):
         return self.width + n, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.resize(self.width + tokens_to_remove)
+        self.width += tokens_to_remove
 
     def reset(self) -> None:
-        self.resize(0)
+        self.width = 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.select(beam_idx)
@@ -125,16 +143,43 @@ class TreeCache(Cache):
         self.lengths = [0] * rows
         self.width = 0
 
+    @property
+    def capacity(self) -> int:
+        """Columns there is room for."""
+        return max(layer.capacity for layer in self.layers)
+
+    def reserve(self, columns: int) -> None:
+        """Make room for so many columns in all."""
+        for layer in self.layers:
+            layer.reserve(columns)
+
+    def write_at(self, columns: torch.Tensor | None) -> None:
+        """Let forwards write at ``columns`` int64 [C] and read the whole buffers, until this is called with None.
+
+        Neither their kernels nor their addresses then depend on how full the cache is.
+        """
+        for layer in self.layers:
+            layer.at = columns
+
+    def reopen(self, rows: int, capacity: int) -> bool:
+        """Empty it for ``rows`` new texts, where it is; False when it is too small."""
+        whole = next((len(layer.whole[0]) for layer in self.layers if layer.is_initialized), 0)
+        if rows > whole or capacity > self.capacity:
+            return False
+        for layer in self.layers:
+            layer.reopen(rows)
+        self.lengths, self.width = [0] * rows, 0
+        return True
+
     def advance(self, columns: int) -> None:
         """Note that a forward has written ``columns`` more columns."""
         self.width += columns
 
     def crop_to(self, width: int) -> None:
-        """Forget the columns from ``width`` on."""
-        if width != self.width:
-            self.width = width
-            for layer in self.layers:
-                layer.resize(width)
+        """Make the first ``width`` columns the valid ones."""
+        self.width = width
+        for layer in self.layers:
+            layer.width = width
 
     def keep(self, base: int, kept: list[list[int]]) -> None:
         """Commit, for each row, the step columns ``kept[b]`` (relative to ``base``, ascending); drop the others.

@@ -1,8 +1,9 @@
-"""Compiled steps: the model's own forward through torch.compile, for steps that follow a cached text.
+"""Compiled steps, for those that follow a cached text: the model's own forward as CUDA graphs or through torch.compile.
 
-Widths and cache lengths are symbolic, so one graph serves all steps of a single column and one all wider ones: trees
-need no padding, and nothing is compiled again while the text grows. Prompts and probes run uncompiled, as their shapes
-come once. torch keeps compiled kernels on disk, so a second process waits less.
+Graphs are the matter of ``graphs``. Under torch.compile, widths and cache lengths are symbolic, so one graph serves all
+steps of a single column and one all wider ones: trees need no padding, and nothing is compiled again while the text
+grows. torch keeps compiled kernels on disk, so a second process waits less. Either way prompts and probes run as they
+are, as their shapes come once.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import numpy as np
 import torch
 
 from specdec.errors import CompatibilityError, first_line
+from specdec.graphs import Graphs
 from specdec.tree import DraftTree, Proposal, Topology
 
 if TYPE_CHECKING:
     from specdec.target import Target
 
-Mode = Literal["off", "auto", "inductor"]
+Mode = Literal["off", "auto", "inductor", "graphs"]
 MODES = get_args(Mode)
 
 # graphs per function before torch gives up on it and runs it uncompiled without a word; every batch size of one or
@@ -36,9 +38,9 @@ class Compilation:
     """Whether steps are compiled.
 
     Attributes:
-        mode: "inductor" or "off".
+        mode: "graphs", "inductor" or "off".
         reason: why.
-        seconds: what compiling took; 0 if nothing was compiled.
+        seconds: what compiling took so far; 0 if nothing was compiled.
     """
 
     mode: str
@@ -54,22 +56,24 @@ def compile_steps(target: Target, mode: Mode) -> tuple[Callable[..., Any] | None
 
     Args:
         target: with its taps installed.
-        mode: "inductor" compiles or fails; "auto" compiles where it can.
+        mode: "graphs" and "inductor" compile or fail; "auto" compiles where it can, with graphs where steps run on the
+            tree attention kernel of a GPU.
 
     Raises:
-        CompatibilityError: "inductor", and this model cannot be compiled here.
+        CompatibilityError: "graphs" or "inductor", and this model cannot be compiled so here.
     """
     if mode == "off":
         return None, Compilation("off", "not asked for")
-    problem = _obstacle(target)
+    fast = target.device.type == "cuda" and target.uses_kernel
+    how = mode if mode != "auto" else "graphs" if fast else "inductor"
+    problem = _obstacle(target, how)
     if problem is None:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
-        compiled = torch.compile(_forward(target), dynamic=True)
+        compiled = Graphs(target) if how == "graphs" else torch.compile(_forward(target), dynamic=True)
         start = perf_counter()
         problem = _try(target, compiled)
         if problem is None:
-            done = Compilation("inductor", "its logits equal the uncompiled model's", perf_counter() - start)
-            return compiled, done
+            return compiled, Compilation(how, "its logits equal the uncompiled model's", perf_counter() - start)
     if mode == "auto":
         return None, Compilation("off", problem)
     raise CompatibilityError(f"compile={mode!r}: {problem}; use compile='off'")
@@ -90,9 +94,14 @@ def _forward(target: Target) -> Callable[..., Any]:
     return forward
 
 
-def _obstacle(target: Target) -> str | None:
+def _obstacle(target: Target, how: str) -> str | None:
     """What stands in the way before anything is tried."""
-    if target.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+    if how == "graphs":
+        if target.device.type != "cuda":
+            return f"CUDA graphs need an NVIDIA GPU, the model is on {target.device.type}"
+        if not target.uses_kernel:
+            return f"CUDA graphs need the tree attention kernel, which does not run here: {target.capability.stock}"
+    elif target.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
         return "there is no C++ compiler, which torch.compile needs on a CPU (install g++)"
     if target.capability.tier != "tree":
         return f"models that take chains only run row by row: {target.capability.reason}"
@@ -123,12 +132,11 @@ def _logits(target: Target, run: Callable[..., Any], topology: Topology, longer:
     text = np.array([t % target.vocab_size for t in (_PREFIX * 2)[: len(_PREFIX) + longer]])
     tree = DraftTree(topology, np.array([t % target.vocab_size for t in (11, 12, 13)])[: len(topology)])
     with target.session():
-        target.open([0], 64 * (1 + longer))
-        target.run = target.model
-        first = target.step([text], [Proposal(DraftTree.root(int(text[-1])))])
-        target.commit(first, [[]])
         target.run = run
         try:
+            target.open([0], 64 * (1 + longer))
+            first = target.step([text], [Proposal(DraftTree.root(int(text[-1])))])
+            target.commit(first, [[]])
             return target.step([np.append(text, tree.tokens[0])], [Proposal(tree)]).logits[0].clone()
         finally:
             target.run = target.model

@@ -35,9 +35,11 @@ class Decoder(GenerateSurface):
         verifier: a name or a ``Verifier``.
         tokenizer: only needed for ``stop_strings``, and to save or load tables.
         prefill_chunk: prompt tokens per forward.
-        compile: "inductor" puts the forward of the target, and of a draft model, through torch.compile: tens of seconds
-            once, less when torch finds its kernels on disk; rows decoded together are compiled when they first come.
-            "auto" does so where it can; ``target.compilation`` tells what came of it.
+        compile: what becomes of the forward of the target, and of a draft model. "inductor" puts it through
+            torch.compile: tens of seconds once, less when torch finds its kernels on disk; rows decoded together are
+            compiled when they first come. "graphs" records CUDA graphs, one per size when it first comes, and keeps its
+            caches from one request to the next. "auto" takes graphs where steps run on the tree attention kernel of a
+            GPU and torch.compile elsewhere, where it can; ``target.compilation`` tells what came of it.
         options: passed to the named drafter.
 
     Attributes:
@@ -125,7 +127,6 @@ class Decoder(GenerateSurface):
         clock = Clock(self.target.device)
         everyone = list(state.rows)
         stats = self.stats = GenerationStats(self.drafter.name, self.verifier.name, self.lossless, len(everyone))
-        stats.compilation = str(self.target.compilation)
         stats.prompt_tokens = sum(len(row.tokens) for row in everyone)
         scratch_forwards = self.drafter.forwards
         self.drafter.begin(state)
@@ -151,6 +152,7 @@ class Decoder(GenerateSurface):
             stats.new_tokens = sum(len(row) - row.prompt_length for row in everyone)
             stats.draft_forwards = self.drafter.forwards - scratch_forwards
             stats.seconds = perf_counter() - start
+            stats.compilation = str(self.target.compilation)  # which may have gone on
 
     def _step(
         self,

@@ -22,6 +22,7 @@ from specdec.cache import TreeCache
 from specdec.capability import Capability, detect
 from specdec.compiling import Compilation, Mode, compile_steps
 from specdec.errors import CompatibilityError, UsageError
+from specdec.graphs import Graphs
 from specdec.sharding import Ranks, input_device, mirrored, placement, ranks_of
 from specdec.structure import NOTHING, Head, Needs, ProbeColumns, Tap, Taps, text_config
 from specdec.tree import Probes, Proposal
@@ -232,7 +233,10 @@ class Target:
         """
         layers = self.config.num_hidden_layers
         sizes = [len(row_ids)] if self.capability.tier == "tree" else [1] * len(row_ids)
-        self.caches = [TreeCache(layers, size, capacity) for size in sizes]
+        if isinstance(self.run, Graphs):
+            self.caches = [self.run.cache(sizes[0], capacity)]
+        else:
+            self.caches = [TreeCache(layers, size, capacity) for size in sizes]
         self.row_ids = list(row_ids)
 
     @property
@@ -274,7 +278,7 @@ class Target:
                     continue
                 keys, values = keys[:, :, :length], values[:, :, :length]  # static caches have room behind
                 missing = length - keys.shape[2]
-                layer.resize(0)
+                layer.width = 0
                 filled = [torch.nn.functional.pad(t[rows], (0, 0, missing, 0)) for t in (keys, values)]
                 shifted = [torch.stack([t[i].roll(-pads[b], dims=1) for i, b in enumerate(rows)]) for t in filled]
                 layer.update(*shifted)
@@ -307,6 +311,19 @@ class Target:
 
     # ---- one step -------------------------------------------------------------------------------------------
 
+    @property
+    def _inputs_on(self) -> torch.device:
+        """Where a step's inputs are made: graphs take them from the host, all in one piece."""
+        return torch.device("cpu") if isinstance(self.run, Graphs) else self.device
+
+    def tapped(self, inputs: dict[str, Any], on: bool) -> tuple[torch.Tensor, dict[Tap, torch.Tensor]]:
+        """The model's forward without probes: logits, and what was tapped if taps are ``on``."""
+        taps = self._taps if on else None
+        if taps is not None:
+            taps.start([])
+        logits = self.model(**inputs).logits
+        return logits, taps.stop() if taps is not None else {}
+
     def step(self, tokens: Sequence[np.ndarray], proposals: Sequence[Proposal | None]) -> StepOutput:
         """One forward over every row's pending tokens, tree and probes.
 
@@ -336,9 +353,9 @@ class Target:
             lone = asked[0]
             assert lone is not None
             assert lone.tree is not None
-            block = lone.tree.topology.mask(self.device)[None]
+            block = lone.tree.topology.mask(self._inputs_on)[None]
         else:
-            block = torch.from_numpy(columns.block).to(self.device)
+            block = torch.from_numpy(columns.block)
         ids, positions = torch.from_numpy(columns.ids), torch.from_numpy(columns.positions)
         logits, taps = self._run(g, ids, positions, block, keep, [p.probes if p else None for p in asked])
         count = len(rows)
@@ -403,9 +420,14 @@ class Target:
         Args:
             probes: of each row, behind the columns ``keep``; None leaves the taps off.
         """
-        cache = self.caches[g]
-        ids, positions = ids.to(self.device), positions.to(self.device)
-        columns = ids.shape[1]
+        cache, columns = self.caches[g], ids.shape[1]
+        # a text's start and steps with pending tokens or probes have shapes that come once
+        usual = cache.width > 0 and keep == slice(0, columns)
+        if usual and isinstance(self.run, Graphs) and self.run.takes(cache, columns):
+            on = probes is not None and self._taps is not None
+            return self.run(cache, ids.cpu(), positions.cpu(), block.cpu(), earlier, on)
+        ids, positions, block = (t.to(self.device) for t in (ids, positions, block))
+        earlier = earlier if earlier is None else earlier.to(self.device)
         taps = self._taps if probes is not None else None
         if taps is not None:
             taps.start(
@@ -428,9 +450,7 @@ class Target:
                 inputs["attention_mask"] = self._mask(cache, block, positions, earlier)
         else:
             inputs["attention_mask"] = torch.ones(1, cache.width + columns, dtype=torch.long, device=self.device)
-        # a text's start and steps with pending tokens or probes have shapes that come once
-        usual = cache.width > 0 and keep == slice(0, columns)
-        run = self.run if usual else self.model
+        run = self.run if usual and not isinstance(self.run, Graphs) else self.model
         if "logits_to_keep" in self.inputs:
             last = columns - keep.start if keep.stop == columns else None
             inputs["logits_to_keep"] = last or torch.arange(keep.start, keep.stop, device=self.device)
@@ -453,8 +473,7 @@ class Target:
         base = cache.width - (block.shape[2] - block.shape[1])
 
         def of_kind(kind: str) -> torch.Tensor:
-            window = self.config.sliding_window if kind == "sliding_attention" else None
-            chunk = self.config.attention_chunk_size if kind == "chunked_attention" else None
+            window, chunk = self.reach(kind)
             if self.uses_kernel and block.shape[1] <= MAX_COLUMNS:
                 return StepMask.of(Step.build(cache.lengths, base, block, positions, window, chunk, earlier))
             mask = step_mask(cache.lengths, base, block, positions, window, chunk, earlier)
@@ -463,6 +482,11 @@ class Target:
         if len(self.layer_kinds) > 1:
             return {kind: of_kind(kind) for kind in self.layer_kinds}
         return of_kind(self.layer_kinds[0])
+
+    def reach(self, kind: str) -> tuple[int | None, int | None]:
+        """Sliding window and chunk, in positions, of layers of a kind."""
+        window = self.config.sliding_window if kind == "sliding_attention" else None
+        return window, self.config.attention_chunk_size if kind == "chunked_attention" else None
 
     def commit(self, output: StepOutput, paths: Sequence[Sequence[int]]) -> list[list[int]]:
         """Keep pending, root and the nodes of ``paths`` (root left out) of every row that took part.
@@ -539,8 +563,8 @@ class Target:
         everything = slice(0, tokens.shape[1])
         for g, (_, rows) in enumerate(self._groups()):
             earlier = self._scratch[g]
-            at = positions[rows].to(self.device)
-            logits, _ = self._run(g, tokens[rows], at, visible[rows].to(self.device), everything, None, earlier)
+            at = positions[rows].to(self._inputs_on)
+            logits, _ = self._run(g, tokens[rows], at, visible[rows], everything, None, earlier)
             parts.append(logits)
             self._scratch[g] = at if earlier is None else torch.cat([earlier, at], dim=1)
         return torch.cat(parts)

@@ -7,8 +7,12 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
 import random
-from collections.abc import Sequence
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +99,26 @@ def left_padded(prompts: Sequence[torch.Tensor], pad: int = 0) -> dict[str, torc
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def wait_until(done: Callable[[], object], process: subprocess.Popen) -> None:
+    """Wait until ``done()``, for minutes, since the machine may be busy; ``process`` must live so long."""
+    end = time.monotonic() + 600
+    while not done():
+        if time.monotonic() > end:
+            process.kill()
+        if process.poll() is not None:
+            said = process.stderr.read() if process.stderr else ""
+            pytest.fail(f"it ended with {process.returncode} before what was waited for: {said!r}")
+        time.sleep(0.005)
+
+
+def checkpointed(run: Path) -> bool:
+    """Whether a training run has written a checkpoint: the end of its last file too, not the file's name alone."""
+    try:
+        return any(json.loads(file.read_text()) for file in run.glob("checkpoint-*/trainer_state.json"))
+    except (OSError, ValueError):
+        return False
+
+
 def word_tokenizer(vocab_size: int = 96) -> PreTrainedTokenizerFast:
     """One token per word; ``decode`` joins words with spaces, so stop strings can span tokens."""
     # "abcdef" is the text by which StopStringCriteria measures tokens
@@ -117,3 +141,8 @@ def word_tokenizer(vocab_size: int = 96) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer()
+
+
+def on_gpu(test):
+    """Marks a test that needs a GPU."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))

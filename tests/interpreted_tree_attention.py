@@ -15,6 +15,7 @@ import triton.language as tl
 from conftest import OracleDrafter
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from recorder import install
 from tiny_models import tiny_gemma2, tiny_gpt_oss, tiny_llama, tiny_mistral
 from tree_attention_cases import LIMIT, Case, check, launch
 from triton.runtime import interpreter
@@ -220,6 +221,25 @@ def test_scratch_growth_runs_on_the_kernel():
                 results.append(target.forward(torch.tensor([[40]]), torch.tensor([[12]]), visible))
         without_kernel(target)
     assert torch.allclose(results[0], results[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
+def test_a_recorded_step_repeats_the_kernel_on_other_texts_and_trees(name: str, monkeypatch):
+    install(monkeypatch, tree_attention)
+    target = Target(MODELS[name](), compile_mode="graphs")
+    target.compile()
+    graphs = target.run
+    for text, parents in ((np.arange(5, 25) % 60 + 3, [-1, 0, 0, 1]), (np.array([7, 8, 9]), [-1, 0, 1])):
+        tree = DraftTree(Topology(parents), np.arange(20, 20 + len(parents)))
+        logits = []
+        for run in (target.model, graphs):
+            target.run = run
+            with target.session():
+                target.open([0], 64)
+                target.commit(target.step([text], [Proposal(DraftTree.root(int(text[-1])))]), [[]])
+                logits.append(target.step([np.append(text, 20)], [Proposal(tree)]).logits)
+        assert torch.allclose(*logits, atol=1e-4)
+    assert graphs.count == 2, "one node, and up to four"
 
 
 # ---- compaction ------------------------------------------------------------------------------------------------

@@ -100,6 +100,6 @@ def test_what_stands_in_the_way_is_said(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_an_unknown_mode_is_refused_before_anything_else():
-    with pytest.raises(UsageError, match="compile='graph' must be one of 'off', 'auto', 'inductor'"):
+    with pytest.raises(UsageError, match="compile='graph' must be one of 'off', 'auto', 'inductor', 'graphs'"):
         Decoder(tiny_llama(), compile="graph")
     assert common.COMPILE == compiling.MODES

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import OracleDrafter
+from conftest import OracleDrafter, on_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_gemma2, tiny_gpt_oss, tiny_llama, tiny_mistral
@@ -150,7 +150,7 @@ def _compiled(arch: int, dtype: torch.dtype, dim: int, query_rows: int, layer: s
     signature |= {"low": "*i32"} if layer != "full" else {}
     signature |= {"sinks": data} if layer == "sliding, sinks" and not split else {}
     aligned |= set(signature)
-    signature |= {"scale": "fp32", "cap": "fp32", "columns": "i32", "seen": "i32", "splits": "i32"}
+    signature |= {"scale": "fp32", "cap": "fp32", "columns": "i32", "words": "i32", "splits": "i32"}
     constants = {
         "HEADS": 8,
         "GROUP": 4,
@@ -265,10 +265,6 @@ def test_the_merge_kernel_compiles(tmp_path, monkeypatch):
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
-
-
-def on_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
 
 @on_gpu

@@ -96,7 +96,7 @@ def tree_attention(
             *key.stride()[:3],
             *value.stride()[:3],
             columns,
-            step.seen,
+            step.bits.shape[2],
             splits,
             HEADS=kv_heads,
             GROUP=group,

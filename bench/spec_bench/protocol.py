@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec import zoo
-from specdec.bench.arms import Arm, Settings
+from specdec.bench.arms import Arm, DecoderArm, Settings
 from specdec.bench.baselines import CompiledArm, HFArm
 from specdec.bench.harness import ForwardMeter, Group, Harness, end_tokens, generated
 from specdec.bench.servers import ServerArm
@@ -227,7 +227,7 @@ class Asker:
         texts: list[str] = []
         turns: list[_Turn] = []
         arm.reset()
-        graphs = arm.graphs if isinstance(arm, CompiledArm) else 0
+        graphs = arm.graphs if isinstance(arm, (CompiledArm, DecoderArm)) else 0
         torch.manual_seed(zlib.crc32(f"{self.rules.seed} {run} {question.id}".encode()))
         for number in range(len(question.turns)):
             turn = self._turn(meter, arm, *self.prompt(question.turns[: number + 1], texts))
@@ -235,7 +235,7 @@ class Asker:
             turns.append(turn)
         lengths = [turn.lengths for turn in turns]
         compilation = arm.stats.compilation if arm.stats is not None else ""
-        if isinstance(arm, CompiledArm) and arm.graphs > graphs:
+        if isinstance(arm, (CompiledArm, DecoderArm)) and arm.graphs > graphs:
             compilation = RECOMPILED
         key = uuid.uuid4().hex
         answer = Answer(

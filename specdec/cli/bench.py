@@ -291,10 +291,11 @@ def _compiled(arms: Sequence[Arm], asked: str) -> list[str]:
 
 
 def _graphs(arms: Sequence[Arm]) -> dict[str, int]:
-    """Graphs that baselines have compiled so far."""
+    """Graphs that were compiled so far, where that can be told."""
+    from specdec.bench.arms import DecoderArm
     from specdec.bench.baselines import CompiledArm
 
-    return {arm.name: arm.graphs for arm in arms if isinstance(arm, CompiledArm)}
+    return {arm.name: arm.graphs for arm in arms if isinstance(arm, (CompiledArm, DecoderArm))}
 
 
 def _recompiled(before: dict[str, int], after: dict[str, int]) -> list[str]:

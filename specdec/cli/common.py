@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
-COMPILE = ("off", "auto", "inductor")  # compiling.MODES, known before torch is imported
+COMPILE = ("off", "auto", "inductor", "graphs")  # compiling.MODES, known before torch is imported
 
 Model = Annotated[str, typer.Argument(help="`tiny` (ships with specdec), a local folder, or a Hugging Face hub id.")]
 Dtype = Annotated[
@@ -39,7 +39,9 @@ Draft = Annotated[
 
 Compile = Annotated[
     str,
-    typer.Option("--compile", help="off, auto (where it works) or inductor: steps through torch.compile."),
+    typer.Option(
+        "--compile", help="off, inductor (steps through torch.compile), graphs (CUDA graphs) or auto (what works)."
+    ),
 ]
 
 Settings = Annotated[

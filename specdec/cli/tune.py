@@ -64,8 +64,8 @@ def tune(
     from specdec.bench.prompts import encode, load_prompts
     from specdec.bench.report import prepare_folder
     from specdec.bench.statistics import summarise
+    from specdec.bench.step_times import measure
     from specdec.bench.tune import WIDE, Candidate, Curve, Yield, calibrate, grid, own_trees, predictions, shortlist
-    from specdec.cli.doctor import measure
     from specdec.decoder import Decoder
     from specdec.profile import Profile, fingerprint, kept
     from specdec.target import Target
