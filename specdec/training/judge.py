@@ -567,7 +567,9 @@ def _open_run(run: Path, key: dict[str, Any], resume: bool) -> None:
     if file.exists() and json.loads(file.read_text(encoding="utf-8")) != key:
         raise UsageError(f"{run}: it holds features of other settings or data; give another --out, or use --no-resume")
     run.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(key, indent=1), encoding="utf-8")
+    part = file.with_suffix(".part")  # half a file would stop every later start
+    part.write_text(json.dumps(key, indent=1), encoding="utf-8")
+    part.replace(file)
 
 
 def _card(head: JudgeHead, report: dict[str, Any], settings: JudgeSettings) -> str:

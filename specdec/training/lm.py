@@ -163,8 +163,16 @@ def train_lm(
 
 
 def last_checkpoint(run: Path) -> str | None:
-    """The newest whole checkpoint: Trainer writes `trainer_state.json` last, so one killed half-way has none."""
-    whole = [path for path in run.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    """The newest whole checkpoint: Trainer writes `trainer_state.json` last, a killed one leaves none or half of it."""
+
+    def parses(file: Path) -> bool:
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return True
+
+    whole = [path for path in run.glob("checkpoint-*") if parses(path / "trainer_state.json")]
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
