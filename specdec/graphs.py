@@ -106,7 +106,7 @@ class Graphs:
         """An empty cache: the one before, at its addresses, if it is large enough."""
         kept = self._cache
         if kept is None or not kept.reopen(rows, capacity):
-            self._drop()
+            self._graphs.clear()
             self._cache = kept = None  # its memory goes before more is taken
             most = 1 << (max(capacity, _CAPACITY) - 1).bit_length()  # the next, longer request finds room
             if self.target.context is not None:
@@ -138,7 +138,7 @@ class Graphs:
         words = -(-(before + size) // WORD)
         cache.reserve(cache.width + size)
         if cache.capacity != self._capacity:
-            self._drop()
+            self._graphs.clear()
             self._capacity = cache.capacity
         key = (rows, size, words, tapped)
         graph = self._graphs.get(key)
@@ -156,9 +156,6 @@ class Graphs:
         logits, taps = graph.outputs
         # the next replay overwrites them
         return logits[:, :columns].clone(), {tap: x[:, :columns].clone() for tap, x in taps.items()}
-
-    def _drop(self) -> None:
-        self._graphs.clear()
 
     def _kinds(self) -> list[tuple[int | None, int | None]]:
         """Window and chunk of each kind of layer."""

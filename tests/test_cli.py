@@ -290,7 +290,7 @@ def test_control_c_ends_a_real_run_with_130_and_json(checkpoint: str, prompts: s
             if line.startswith("1/"):  # the first timed call is done
                 break
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=240)
     assert process.returncode == 130
     assert json.loads(out)["partial"] is True
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import checkpointed, wait_until
 from test_training_heads import losses, samples
 from tiny_models import tiny_gemma2, tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -324,10 +322,8 @@ def test_a_run_killed_at_any_step_ends_like_an_unbroken_one(unbroken, tmp_path):
     script = STARTED_BY_HAND.format(here=str(Path(__file__).parent), out=str(out))
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
     checkpoints = tmp_path / "joint.run"
-    deadline = time.time() + 120
-    while not (checkpoints / "checkpoint-3" / "trainer_state.json").exists() and time.time() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    wait_until(lambda: checkpointed(checkpoints), process)
+    process.kill()
     process.wait()
     assert not out.exists(), "nothing half-written"
     assert training.last_checkpoint(checkpoints) is not None

@@ -324,7 +324,9 @@ class TestProcess:
         assert open_run(run, key, resume=True) is None
         checkpoint = run / "checkpoint-3"
         checkpoint.mkdir()
-        (checkpoint / "trainer_state.json").touch()
+        (checkpoint / "trainer_state.json").write_text("{}")
+        (run / "checkpoint-6").mkdir()
+        (run / "checkpoint-6/trainer_state.json").write_text('{"epoch": 1.')  # killed while it was written
         assert open_run(run, key, resume=True) == str(checkpoint)
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(UsageError, match="a run of 1 processes, not 2; start as many"):

@@ -122,7 +122,7 @@ def test_processors_criteria_stop_strings_and_streamers_work_as_in_generate(writ
     where, how = on_disk(written, tmp_path), {"max_new_tokens": NEW, "do_sample": False}
     rules = {
         "logits_processor": LogitsProcessorList([NoRepeatNGramLogitsProcessor(2)]),
-        "stopping_criteria": StoppingCriteriaList([lambda ids, scores, **_: ids[:, -1] == stop, MaxTimeCriteria(60)]),
+        "stopping_criteria": StoppingCriteriaList([lambda ids, scores, **_: ids[:, -1] == stop, MaxTimeCriteria(600)]),
     }
     stop = new_tokens(model, {"input_ids": ids}, logits_processor=rules["logits_processor"], **how)[0][9]
     want = model.generate(ids, **rules, **how)
@@ -135,7 +135,7 @@ def test_processors_criteria_stop_strings_and_streamers_work_as_in_generate(writ
     assert want.shape[1] < 4 + NEW
     assert torch.equal(model.generate(ids, **ends, **how, **where), want)
 
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=240)
     thread = Thread(target=model.generate, args=(ids,), kwargs={"streamer": streamer, **how, **where})
     thread.start()
     assert "".join(streamer) == text

@@ -572,7 +572,8 @@ class TestFiles:
         assert folder.merge()
 
     def test_a_killed_run_loses_nothing_and_doubles_nothing(self, tmp_path, model) -> None:
-        many = [question(n, turns=["ba be", "bi"]) for n in range(200)]
+        # so many that it is killed often on a fast machine too
+        many = [question(n, turns=["ba be", "bi"]) for n in range(600)]
         arms = [Scripted("a"), Scripted("b")]
         folder, dice, kills = RunFolder(tmp_path), random.Random(0), 0
         for _ in range(60):
@@ -590,7 +591,7 @@ class TestFiles:
         assert kills > 3
         for name in "ab":
             found = lines(tmp_path / f"answers/{name}.jsonl")
-            assert [row["question_id"] for row in found] == list(range(200))
+            assert [row["question_id"] for row in found] == list(range(600))
             details = lines(tmp_path / f"details/{name}.jsonl")
             assert [d["answer_id"] for d in details] == [row["answer_id"] for row in found]
 

@@ -381,12 +381,12 @@ def test_a_text_streamer_prints_generates_text(through_model: bool, tokenizer, c
 
 @BOTH
 def test_an_iterator_streamer_in_a_thread_ends(through_model: bool, tokenizer):
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60.0)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=240.0)
     decoder = Decoder(model(), knowing(one()))
     thread = Thread(target=streamed, args=(decoder, through_model, one(), streamer), kwargs={"max_new_tokens": NEW})
     thread.start()
     text = "".join(streamer)
-    thread.join(timeout=60)
+    thread.join(timeout=240)
     assert not thread.is_alive()
     assert text.split() == tokenizer.decode(new_tokens(model(), one(), max_new_tokens=NEW)[0]).split()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import checkpointed, wait_until
 from datasets import Dataset
 from tiny_models import tiny_llama
 from typer.testing import CliRunner
@@ -102,11 +102,9 @@ def test_a_run_killed_at_any_step_ends_like_an_unbroken_one(unbroken, tmp_path):
     slow = "training.math.isfinite = lambda x, f=training.math.isfinite: (time.sleep(0.4), f(x))[1]"
     process = subprocess.Popen([sys.executable, "-c", script(out, slow)], stderr=subprocess.PIPE)
     run = tmp_path / "medusa.run"
-    deadline = time.time() + 120
-    while not (run / "checkpoint-3" / "trainer_state.json").exists() and time.time() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: checkpointed(run), process)
     time.sleep(np.random.default_rng().uniform(0, 1.0))  # somewhere in the steps after it
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not out.exists(), "nothing half-written"
     assert training.last_checkpoint(run) is not None
@@ -120,9 +118,9 @@ def test_two_processes_walk_the_same_curve_as_one(tmp_path):
     changes = {"batch": 2, "max_steps": 6}
     file = tmp_path / "train.py"
     file.write_text(script(two, **changes))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(file)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(file)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     subprocess.run([sys.executable, "-c", script(one, batch=4, max_steps=6)], check=True, capture_output=True)
