@@ -90,6 +90,8 @@ class GenerateSurface:
                 kwargs["generation_config"].stop_strings = None
         if self._streamer is not None:
             kwargs["streamer"] = self._streamer
+        if isinstance(kwargs.get("past_key_values"), Cache):
+            kwargs["past_key_values"]._is_user_defined = True  # transformers 5.16 does not say so
         try:
             return self.model.generate(*args, custom_generate=self, **kwargs)
         finally:

@@ -152,8 +152,10 @@ class Target:
             kinds = {"sliding_attention" if windowed else "full_attention"}
         self.layer_kinds = sorted(kinds)
         implementation = self.model.config._attn_implementation
-        # flash takes no tree mask and flex aborts on one: those steps run on sdpa, or eager where sdpa is missing
-        fallback = "sdpa" if getattr(self.model, "_supports_sdpa", False) else "eager"
+        # flash takes no tree mask and flex aborts on one: those steps run on sdpa, or eager where sdpa is missing, or
+        # silently leaves out a softcap that flash and flex apply (transformers before 5.18)
+        sound = getattr(self.model, "_supports_sdpa", False) and not getattr(config, "attn_logit_softcapping", None)
+        fallback = "sdpa" if sound else "eager"
         self.attention = implementation if implementation in ("sdpa", "eager") else fallback
         self._own_attention = implementation
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import left_padded
+from families import RELEASE
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 
@@ -183,6 +184,9 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
+tp_plan = pytest.mark.skipif(RELEASE < (5, 17), reason="from_pretrained takes no tp_plan before transformers 5.17")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A random model in files."""
@@ -199,6 +203,7 @@ def seen(folder) -> list[dict]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+@tp_plan
 def test_two_ranks_write_the_text_of_one_with_every_kind_of_drafter(seen):
     for rank in seen:
         assert all(same for same, *_ in rank["greedy"].values()), rank["greedy"]
@@ -209,15 +214,18 @@ def test_two_ranks_write_the_text_of_one_with_every_kind_of_drafter(seen):
     assert seen[0]["greedy"] == seen[1]["greedy"], "the first rank's figures are everyone's"
 
 
+@tp_plan
 def test_ranks_seeded_differently_sample_the_same_text(seen):
     assert seen[0]["sampled"] == seen[1]["sampled"]
     assert len({tuple(ids) for ids in seen[0]["sampled"]}) > 10, "seeds matter"
 
 
+@tp_plan
 def test_ranks_run_the_same_number_of_forwards(seen):
     assert seen[0]["forwards"] == seen[1]["forwards"] > 0
 
 
+@tp_plan
 def test_scores_and_caches_of_a_sharded_model_go_on_to_the_next_turn(seen):
     for rank in seen:
         assert rank["turns"] is True
@@ -225,6 +233,7 @@ def test_scores_and_caches_of_a_sharded_model_go_on_to_the_next_turn(seen):
     assert seen[0]["scores"] == seen[1]["scores"] != 0
 
 
+@tp_plan
 def test_an_error_on_the_first_rank_is_raised_on_all_and_the_next_request_works(seen):
     for rank in seen:
         assert rank["failure"] == "ValueError: the user's criterion failed"
@@ -234,10 +243,12 @@ def test_an_error_on_the_first_rank_is_raised_on_all_and_the_next_request_works(
         assert rank["afterwards"][0] is True
 
 
+@tp_plan
 def test_ranks_that_share_no_weights_are_left_alone(seen):
     assert all(rank["alone"] is True for rank in seen)
 
 
+@tp_plan
 def test_what_sharded_models_cannot_have_is_refused_with_the_reason(seen):
     for rank in seen:
         assert rank["compile"].startswith("CompatibilityError")
@@ -246,6 +257,7 @@ def test_what_sharded_models_cannot_have_is_refused_with_the_reason(seen):
         assert rank["fsdp"].startswith("CompatibilityError: model: it is sharded by FSDP")
 
 
+@tp_plan
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_dies_ends_the_job_with_an_error(folder, victim):
     done = torchrun("perish", folder, str(victim))

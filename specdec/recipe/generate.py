@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from packaging.version import Version
 from transformers.utils import HF_MODULES_CACHE
 
@@ -137,7 +137,10 @@ def _placed(options: dict[str, Any]) -> dict[str, Any]:
     if not folder.is_dir():
         commit = Path(__file__).parents[1].name  # of the code that is running, so that files and code fit
         where = {name: loading[name] for name in ("cache_dir", "token") if name in loading}
-        folder = Path(snapshot_download(source, revision=commit, allow_patterns="files/*", **where))
+        offline = constants.HF_HUB_OFFLINE  # some versions ask the hub all the same
+        folder = Path(
+            snapshot_download(source, revision=commit, allow_patterns="files/*", local_files_only=offline, **where)
+        )
     return {k: str(folder / v) if str(v).startswith("./files/") else v for k, v in options.items()}
 
 
