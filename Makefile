@@ -87,6 +87,8 @@ vllm-speed: .venv/.ready  ## its drafters, ours inside it, and ours here, side b
 	$(BIN)/python -m specdec.bench.vllm.environment .venv-vllm
 	for t in float32 bfloat16; do \
 	  $(BIN)/python -m specdec.bench.vllm.proposers --dtype $$t --limit 18 --repeats 1 --out $(RESULTS)/vllm-$$t || exit 1; \
+	  $(BIN)/python -m specdec.bench.vllm.proposers --dtype $$t --limit 18 --repeats 1 --compile \
+	    --out $(RESULTS)/vllm-$$t-compiled || exit 1; \
 	done
 
 report: .venv/.ready  ## one page of everything in bench/results, into bench/results/report

@@ -431,7 +431,7 @@ def test_the_readmes_figures_of_larger_models_and_of_vllm_are_those_of_the_resul
         assert "{:.2f} [{:.2f}, {:.2f}]".format(rows[name]["speedup"], *rows[name]["speedup_ci"]) in readme
     verdict = json.loads((results / "grown-300M" / "certificate" / "certificate.json").read_text(encoding="utf-8"))
     assert verdict["passed"]
-    for dtype in ("float32", "bfloat16"):
-        notes = json.loads((results / f"vllm-{dtype}" / "results.json").read_text(encoding="utf-8"))["notes"]
+    for run in ("float32", "bfloat16", "float32-compiled", "bfloat16-compiled"):
+        notes = json.loads((results / f"vllm-{run}" / "results.json").read_text(encoding="utf-8"))["notes"]
         duel = next(note for note in notes if "(our best, vLLM's best)" in note)
         assert re.search(r"\d\.\d\d \[.*\]", duel)[0] in readme
