@@ -402,6 +402,11 @@ def test_doctor_tells_tier_reason_and_costs(checkpoint: str):
     assert "break-even" in run("doctor", checkpoint, "--seconds", "0").stdout
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has graphs")
+def test_doctor_refuses_what_cannot_be_compiled_here(checkpoint: str):
+    fails("doctor", checkpoint, "--compile", "graphs", says=("compile='graphs'", "NVIDIA GPU", "use compile='off'"))
+
+
 def test_doctor_explains_a_model_that_cannot_be_decoded(tmp_path: Path):
     from transformers import MambaConfig, MambaForCausalLM
 

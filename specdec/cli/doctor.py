@@ -35,13 +35,13 @@ def doctor(
         report: dict[str, Any] = {"model": model, "context": common.context_of(loaded), "curve": []}
         try:
             target = Target(loaded, compile_mode=compile_)  # type: ignore[arg-type]
-            target.compile()
         except CompatibilityError as error:
             report |= {"tier": "none", "reason": str(error)}
         else:
             report |= {"tier": target.capability.tier, "reason": target.capability.reason}
             report |= {"tree_attention": "kernel" if target.uses_kernel else target.attention}
             report |= {"kernel": target.capability.stock or "used", "placement": target.placement or "one device"}
+            target.compile()
             report |= {"compiled": str(target.compilation)}
             report |= measure(target, prefix, seconds)
         report["environment"] = environment(loaded, model)
