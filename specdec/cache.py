@@ -21,7 +21,8 @@ class TreeLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int, zeros: bool = False):
+        self._new = torch.zeros if zeros else torch.empty
         self.is_initialized = False  # not super().__init__(), which sets keys and values
         self.capacity, self.width = capacity, 0
         self.at: torch.Tensor | None = None  # see ``TreeCache.write_at``
@@ -30,9 +31,11 @@ class TreeLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self._k = key_states.new_empty(*key_states.shape[:2], self.capacity, key_states.shape[-1])
-        self._v = value_states.new_empty(*value_states.shape[:2], self.capacity, value_states.shape[-1])
+        self._k, self._v = (self._buffer(states) for states in (key_states, value_states))
         self.whole = self._k, self._v  # with the rows that were dropped
+
+    def _buffer(self, like: torch.Tensor) -> torch.Tensor:
+        return self._new(*like.shape[:2], self.capacity, like.shape[-1], dtype=like.dtype, device=like.device)
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -53,7 +56,7 @@ class TreeLayer(CacheLayerMixin):
         if self.is_initialized:
             grown = []
             for old in (self._k, self._v):
-                new = old.new_empty(*old.shape[:2], self.capacity, old.shape[-1])
+                new = self._buffer(old)
                 new[:, :, : self.width] = old[:, :, : self.width]
                 grown.append(new)
             self._k, self._v = self.whole = grown[0], grown[1]
@@ -132,14 +135,15 @@ class TreeCache(Cache):
         num_layers: layers of the model.
         rows: batch rows B.
         capacity: columns allocated at first; doubled when they run out.
+        zeros: columns that were never written hold zeros and not whatever memory held.
 
     Attributes:
         lengths: committed columns per row, B ints. Columns between a row's length and ``width`` are garbage that
             masks must hide.
     """
 
-    def __init__(self, num_layers: int, rows: int, capacity: int):
-        super().__init__(layers=[TreeLayer(capacity) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, rows: int, capacity: int, zeros: bool = False):
+        super().__init__(layers=[TreeLayer(capacity, zeros) for _ in range(num_layers)])
         self.lengths = [0] * rows
         self.width = 0
 

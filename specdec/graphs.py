@@ -39,7 +39,7 @@ class _Inputs:
         flat: int64.
         ids, positions: int64 [B, C].
         at: int64 [C], columns of the cache where the step is written.
-        extent: int64 [B, 3], see ``Step``.
+        extent: int64 [B, 2], see ``Step``.
         bits: int64 [B, C, W] per kind of layer.
         low: int32 [B, C] per kind of layer; None for layers that see the whole prefix.
     """
@@ -53,9 +53,9 @@ class _Inputs:
     low: list[torch.Tensor | None]
 
     @staticmethod
-    def empty(rows: int, size: int, words: int, windowed: list[bool], device: torch.device) -> _Inputs:
-        columns = rows * size
-        sizes = [columns, columns, size, 3 * rows]
+    def empty(rows: int, size: int, seen: int, windowed: list[bool], device: torch.device) -> _Inputs:
+        columns, words = rows * size, -(-seen // WORD)
+        sizes = [columns, columns, size, 2 * rows]
         for window in windowed:
             sizes += [columns * words, -(-columns // 2) if window else 0]  # two int32 in one int64
         flat = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
@@ -65,7 +65,7 @@ class _Inputs:
             ids.view(rows, size),
             positions.view(rows, size),
             at,
-            extent.view(rows, 3),
+            extent.view(rows, 2),
             [bits.view(rows, size, words) for bits in masks[::2]],
             [
                 low.view(torch.int32)[:columns].view(rows, size) if window else None
@@ -111,7 +111,8 @@ class Graphs:
             most = 1 << (max(capacity, _CAPACITY) - 1).bit_length()  # the next, longer request finds room
             if self.target.context is not None:
                 most = max(min(most, self.target.context + MAX_COLUMNS), capacity)
-            self._cache = kept = TreeCache(self.target.config.num_hidden_layers, rows, most)
+            # zeros: a graph reads columns that nobody sees, whose weight of 0 would not remove a NaN
+            self._cache = kept = TreeCache(self.target.config.num_hidden_layers, rows, most, zeros=True)
         return kept
 
     def takes(self, cache: TreeCache, columns: int) -> bool:
@@ -135,12 +136,13 @@ class Graphs:
         rows, columns = ids.shape
         before = 0 if earlier is None else earlier.shape[1]  # E
         size = next(n for n in SIZES if n >= columns)
-        words = -(-(before + size) // WORD)
-        cache.reserve(cache.width + size)
+        # a tree that grows level by level is wider each time: whole words of it have few sizes
+        seen = -(-(before + size) // WORD) * WORD if before else size
+        cache.reserve(cache.width - before + seen)
         if cache.capacity != self._capacity:
             self._graphs.clear()
             self._capacity = cache.capacity
-        key = (rows, size, words, tapped)
+        key = (rows, size, seen, tapped)
         graph = self._graphs.get(key)
         if graph is None:
             start = perf_counter()
@@ -179,7 +181,7 @@ class Graphs:
         inputs.at.numpy()[:] = np.arange(cache.width, cache.width + size)
         extent = inputs.extent.numpy()
         base = cache.width - before
-        extent[:, 0], extent[:, 1], extent[:, 2] = cache.lengths, base, before + size
+        extent[:, 0], extent[:, 1] = cache.lengths, base
         padding = np.arange(columns, size)
         for (window, chunk), bits, low in zip(self._kinds(), inputs.bits, inputs.low, strict=True):
             step = Step.build(cache.lengths, base, block, positions, window, chunk, earlier)
@@ -193,9 +195,9 @@ class Graphs:
 
     def _record(self, cache: TreeCache, key: tuple[int, int, int, bool], given: tuple[Any, ...]) -> _Graph:
         """Make a graph out of the step ``given``, which its replay then computes."""
-        rows, size, words, tapped = key
+        rows, size, seen, tapped = key
         target, kinds = self.target, self._kinds()
-        shape = (rows, size, words, [kind != (None, None) for kind in kinds])
+        shape = (rows, size, seen, [kind != (None, None) for kind in kinds])
         host = _Inputs.empty(*shape, device=torch.device("cpu"))
         device = _Inputs.empty(*shape, device=target.device)
         self._fill(host, cache, *given)
@@ -204,8 +206,8 @@ class Graphs:
         for (window, chunk), bits, low in zip(kinds, device.bits, device.low, strict=True):
             # lengths are read on the device; those known here only say how wide a mask is and how many programs share
             # the work, and must do for every length
-            reach = min(n + words * WORD if n else cache.capacity for n in (window, chunk))
-            masks.append(StepMask.of(Step(device.extent, bits, low, cache.capacity - size, size, reach)))
+            reach = min(n + seen if n else cache.capacity for n in (window, chunk))
+            masks.append(StepMask.of(Step(device.extent, bits, low, cache.capacity - seen, seen, reach)))
         inputs: dict[str, Any] = {
             "input_ids": device.ids,
             "position_ids": device.positions,

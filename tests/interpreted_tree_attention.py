@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 
 from specdec import Decoder
 from specdec.bench import gpu
-from specdec.cache import TreeCache
+from specdec.cache import TreeCache, TreeLayer
 from specdec.target import Target
 from specdec.tree import DraftTree, ProbeLayout, Probes, Proposal, Topology
 from specdec.tree_attention import reference, registration
@@ -226,6 +226,14 @@ def test_scratch_growth_runs_on_the_kernel():
 @pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
 def test_a_recorded_step_repeats_the_kernel_on_other_texts_and_trees(name: str, monkeypatch):
     install(monkeypatch, tree_attention)
+    make = TreeLayer._buffer
+
+    def worst(self, like: torch.Tensor) -> torch.Tensor:
+        """Memory as it may be found."""
+        buffer = make(self, like)
+        return buffer if self._new is torch.zeros else buffer.fill_(float("nan"))
+
+    monkeypatch.setattr(TreeLayer, "_buffer", worst)
     target = Target(MODELS[name](), compile_mode="graphs")
     target.compile()
     graphs = target.run
@@ -237,9 +245,16 @@ def test_a_recorded_step_repeats_the_kernel_on_other_texts_and_trees(name: str, 
             with target.session():
                 target.open([0], 64)
                 target.commit(target.step([text], [Proposal(DraftTree.root(int(text[-1])))]), [[]])
-                logits.append(target.step([np.append(text, 20)], [Proposal(tree)]).logits)
+                output = target.step([np.append(text, 20)], [Proposal(tree)])
+                target.commit(output, [[]])
+                with target.scratch():  # its second level sees columns of the first, and whole words of it are read
+                    at = torch.tensor([[len(text) + 1] * 2])
+                    target.forward(torch.tensor([[20, 30]]), at, torch.eye(2, dtype=torch.bool)[None])
+                    visible = torch.tensor([[[True, False, True]]])
+                    level = target.forward(torch.tensor([[40]]), at[:, :1] + 1, visible)
+                logits.append(torch.cat([output.logits, level], dim=1))
         assert torch.allclose(*logits, atol=1e-4)
-    assert graphs.count == 2, "one node, and up to four"
+    assert graphs.count == 4, "one node, up to four, and two levels of scratch columns"
 
 
 # ---- compaction ------------------------------------------------------------------------------------------------

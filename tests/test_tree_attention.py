@@ -150,7 +150,7 @@ def _compiled(arch: int, dtype: torch.dtype, dim: int, query_rows: int, layer: s
     signature |= {"low": "*i32"} if layer != "full" else {}
     signature |= {"sinks": data} if layer == "sliding, sinks" and not split else {}
     aligned |= set(signature)
-    signature |= {"scale": "fp32", "cap": "fp32", "columns": "i32", "words": "i32", "splits": "i32"}
+    signature |= {"scale": "fp32", "cap": "fp32", "columns": "i32", "seen": "i32", "splits": "i32"}
     constants = {
         "HEADS": 8,
         "GROUP": 4,

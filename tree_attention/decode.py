@@ -96,7 +96,7 @@ def tree_attention(
             *key.stride()[:3],
             *value.stride()[:3],
             columns,
-            step.bits.shape[2],
+            step.seen,
             splits,
             HEADS=kv_heads,
             GROUP=group,

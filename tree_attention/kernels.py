@@ -42,14 +42,14 @@ def _fold(q, k, v, visible, acc, top, total, scale, cap, SOFTCAP: tl.constexpr, 
     return acc, new, total
 
 
-@triton.jit(do_not_specialize=["columns", "words", "splits"])
+@triton.jit(do_not_specialize=["columns", "seen", "splits"])
 def decode_kernel(
     q,  # [B, Hq, C, D]
     k,  # [B, Hkv, capacity, D]
     v,  # [B, Hkv, capacity, E]
     out,  # [B, C, Hq, E], or float32 [B, C, Hq, splits, E]
     lse,  # float32 [B, C, Hq, splits] base-2 log-sum-exp of each split; None: one split, final result
-    extent,  # int64 [B, 3]
+    extent,  # int64 [B, 2]
     bits,  # int64 [B, C, W]
     low,  # int32 [B, C] or None
     sinks,  # [Hq] or None
@@ -65,7 +65,7 @@ def decode_kernel(
     v_h,
     v_n,
     columns,
-    words,  # W
+    seen,
     splits,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -100,9 +100,8 @@ def decode_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
-    length = tl.load(extent + 3 * b).to(tl.int32)
-    base = tl.load(extent + 3 * b + 1)
-    seen = tl.load(extent + 3 * b + 2).to(tl.int32)
+    length = tl.load(extent + 2 * b).to(tl.int32)
+    base = tl.load(extent + 2 * b + 1)
     first = 0
     if low is not None:
         lowest = tl.load(low + b * columns + n, mask=real, other=2147483647)  # [M]
@@ -128,6 +127,7 @@ def decode_kernel(
         v_at += BLOCK_N * v_n
 
     if split == splits - 1:
+        words = (seen + 63) // 64
         word_at = bits + (b * columns + n) * words
         k_at = k + b * k_b + h * k_h + base * k_n
         v_at = v + b * v_b + h * v_h + base * v_n

@@ -22,7 +22,7 @@ class Step:
     """Visibility in one step, for layers of one kind (all of full attention, or all of one window).
 
     Attributes:
-        extent: int64 [B, 3], committed columns of the row, the step's base column, and S.
+        extent: int64 [B, 2], committed columns of the row and the step's base column.
         bits: int64 [B, C, ceil(S / 64)], bit j % 64 of word j // 64 set when the query sees step column j. A window
             or chunk has been applied already.
         low: int32 [B, C], first prefix column (= position) the query sees; None when it sees them all.
@@ -54,7 +54,7 @@ class Step:
         would see of the prefix, so its result is defined, cheap and never used.
         """
         s = block.shape[2]
-        extent = torch.tensor([[length, base, s] for length in lengths], device=block.device)
+        extent = torch.tensor([[length, base] for length in lengths], device=block.device)
         low, reach = None, base
         if window is not None or chunk is not None:
             keys = positions if earlier is None else torch.cat([earlier, positions], dim=1)
