@@ -80,7 +80,7 @@ def refused_line(family: Family) -> str:
 
 def need(family: Family) -> None:
     if not family.installed:
-        pytest.skip(f"transformers {TRANSFORMERS} has no {family.type}")
+        pytest.skip(f"transformers {TRANSFORMERS} has no {family.type}, or does not decode it")
 
 
 def drafters(model: PreTrainedModel, target: Target) -> dict[str, Drafter | str]:
